@@ -1,0 +1,1 @@
+"""The runtime: a bank attached to a live model, and the coefficients that drive it."""

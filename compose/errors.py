@@ -1,0 +1,35 @@
+"""Errors a caller can act on. Every message says what was wrong, what was given, what is allowed, and the next step."""
+
+from __future__ import annotations
+
+
+class ComposeError(ValueError):
+    """Base of every error Compose raises on purpose. The command line prints it on one line and exits with 2."""
+
+
+class UnknownNameError(ComposeError):
+    """A name is not in a registry or a bank."""
+
+
+class DuplicateNameError(ComposeError):
+    """A name is already taken; nothing is ever skipped or replaced silently."""
+
+
+class AdapterFormatError(ComposeError):
+    """An adapter's files are damaged, hostile, incomplete, or of a kind that cannot be represented exactly."""
+
+
+class IncompatibleError(ComposeError):
+    """Values that do not fit together: adapters, a base model, shapes, coefficients."""
+
+
+class BackendUnavailableError(ComposeError):
+    """An explicitly requested backend cannot run here; the message gives the reason."""
+
+
+class ExamplesError(ComposeError):
+    """Problems in a file of examples, all of them, each with file and line."""
+
+
+class RunFolderError(ComposeError):
+    """An output folder exists, is incomplete, or belongs to another run."""

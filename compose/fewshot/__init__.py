@@ -1,0 +1,1 @@
+"""Few-shot search on a live model: examples, population objective, controls, and the output folder."""

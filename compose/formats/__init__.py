@@ -1,0 +1,1 @@
+"""Adapter formats, one file per format; compose.formats.peft reads and writes PEFT LoRA folders."""

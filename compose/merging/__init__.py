@@ -1,0 +1,1 @@
+"""Merging: many task vectors to one, in weight space."""

@@ -1,0 +1,1 @@
+"""Retrieval: pick adapters for an input by embedding."""

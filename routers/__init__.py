@@ -1,0 +1,1 @@
+"""Routers: token-, sequence- and task-level gates over a bank of adapters."""
