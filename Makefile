@@ -1,0 +1,35 @@
+# Every target works on a fresh machine with Python 3.11+ and pip: the first one that runs makes .venv and installs into it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench types clean
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/compose demo --out runs/demo --force
+
+test: .venv/installed
+	$(BIN)/python -P -m pytest -q
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(MAKE) --no-print-directory types
+
+# mypy sees the namespace through a folder of links, because four of its packages lie beside compose/ (pyproject's package-dir).
+types: .venv/installed
+	rm -rf build/view && mkdir -p build/view/compose
+	ln -s $(CURDIR)/compose/* build/view/compose/
+	for package in routers retriever kernels hub_index; do ln -s $(CURDIR)/$$package build/view/compose/$$package; done
+	cd build/view && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml compose
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/run.py --out benchmarks/results
+
+clean:
+	rm -rf .venv build dist runs *.egg-info

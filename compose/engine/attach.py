@@ -1,0 +1,260 @@
+"""attach: put a bank into a live model, and take it out again without a trace."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from compose.adapter import Adapter, LowRank
+from compose.bank import Bank
+from compose.engine.coefficients import AdapterIds, Coefficients, Selection
+from compose.engine.layers import ComposedEmbedding, ComposedLinear, RuntimeState
+from compose.errors import IncompatibleError
+from compose.kernels.stack import LoraStack
+
+ComposedLayer = ComposedLinear | ComposedEmbedding
+
+
+def attach(model: nn.Module, bank: Bank, *, backend: str = "auto", trainable: bool = False) -> AttachedModel:
+    """Replace every targeted module of ``model`` by a composed layer that holds the original module object.
+
+    Until coefficients are set the model computes exactly what it did before. Factors are cast to the dtype and moved
+    to the device of the layer they belong to. Nothing is replaced unless everything fits.
+
+    Args:
+        model: Any ``nn.Module`` whose submodule paths the bank's targets name: Transformers models of every kind.
+        bank: The adapters.
+        backend: Kernel backend: ``"auto"``, or a name that raises where it cannot run.
+        trainable: Make the factors parameters of the model (copies; the bank stays as it is) and freeze all others
+            until ``detach``.
+
+    Returns:
+        The handle; as a context manager it detaches on exit.
+
+    Raises:
+        IncompatibleError: A bank is attached already, a target does not exist, or shapes or kinds differ; the message
+            names all such targets.
+    """
+    _refuse_attached(model)
+    fitting = _fitting_modules(model, bank)
+    state = RuntimeState(backend)
+    layers = {
+        target: _composed(module, bank.stack(target), target, state, bank.targets[target].kind)
+        for target, module in fitting.items()
+    }
+    return AttachedModel(model, bank, layers, state, trainable=trainable)
+
+
+class AttachedModel:
+    """A live model with a bank attached; the handle that sets coefficients.
+
+    Handles of different models are independent, so threads may use different handles at the same time. Backward passes
+    under gradient checkpointing run layers again: keep the coefficients set until ``backward`` returns.
+
+    Attributes:
+        model: The model, changed in place.
+        bank: The bank.
+        layers: Target -> composed layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Bank,
+        layers: Mapping[str, ComposedLayer],
+        state: RuntimeState,
+        *,
+        trainable: bool,
+    ) -> None:
+        self.model = model
+        self.bank = bank
+        self.layers = dict(layers)
+        self._state = state
+        self._attached = True
+        self._frozen: list[nn.Parameter] = []
+        if trainable:
+            self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
+            for layer in self.layers.values():
+                layer.make_trainable_()
+        for target, layer in self.layers.items():
+            _set_submodule(model, target, layer)
+
+    def __enter__(self) -> AttachedModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._attached:
+            self.detach()
+
+    @property
+    def active(self) -> Selection | None:
+        """What is in force now."""
+        return self._state.active
+
+    def set(self, selection: Selection | Mapping[str, float] | Sequence[str | None] | str | None) -> None:
+        """Put coefficients into force until the next call.
+
+        Args:
+            selection: ``Coefficients``; ``AdapterIds``; a name (that adapter, at 1, for the whole batch); a mapping of
+                names to weights (for the whole batch); a list with one name or ``None`` per row; or ``None`` for the
+                bare base model.
+
+        Raises:
+            IncompatibleError: The numbers do not fit the bank, or the handle is detached.
+            UnknownNameError: A name is not in the bank.
+        """
+        if not self._attached:
+            raise IncompatibleError("this handle is detached; attach the bank again")
+        self._state.active = self._resolve(selection)
+
+    @contextmanager
+    def using(
+        self, selection: Selection | Mapping[str, float] | Sequence[str | None] | str | None
+    ) -> Iterator[AttachedModel]:
+        """Set coefficients inside a ``with`` block and restore what was in force before, also after an exception."""
+        before = self._state.active
+        self.set(selection)
+        try:
+            yield self
+        finally:
+            self._state.active = before
+
+    def layer_groups(self, num_groups: int | None = None) -> dict[str, int]:
+        """Cut the targets into groups along the depth of the model, for coefficients per adapter and layer group.
+
+        Args:
+            num_groups: How many groups of equal depth, at most the number of layers; ``None`` gives every layer its own.
+
+        Returns:
+            Target -> group number, 0 nearest the input; a target outside the numbered layers stands with its
+            neighbours in module order.
+        """
+        order = [name for name, _ in self.model.named_modules() if name in self.layers]
+        depth_keys = list(dict.fromkeys(_depth_key(target) for target in order))
+        total = len(depth_keys)
+        wanted = total if num_groups is None else num_groups
+        if not 1 <= wanted <= total:
+            raise IncompatibleError(f"num_groups must lie in [1, {total}] for this model and bank, got {num_groups}")
+        return {target: depth_keys.index(_depth_key(target)) * wanted // total for target in order}
+
+    def export(self) -> list[Adapter]:
+        """Return the adapters as they are now (after training: the trained factors), copied to the CPU."""
+        return [self._export(index, name) for index, name in enumerate(self.bank.names)]
+
+    def detach(self) -> nn.Module:
+        """Restore the very same module objects and return the model."""
+        if not self._attached:
+            raise IncompatibleError("this handle is detached already")
+        for target, layer in self.layers.items():
+            _set_submodule(self.model, target, layer.base_layer)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._attached = False
+        self._state.active = None
+        return self.model
+
+    def _resolve(self, selection: object) -> Selection | None:
+        if isinstance(selection, str):
+            selection = {selection: 1.0}
+        if isinstance(selection, Mapping):
+            values = torch.zeros(len(self.bank))
+            for name, weight in selection.items():
+                values[self.bank.index(name)] = float(weight)
+            selection = Coefficients(values)
+        elif isinstance(selection, Sequence):
+            selection = AdapterIds(torch.tensor([-1 if name is None else self.bank.index(name) for name in selection]))
+        if selection is None:
+            return None
+        if not isinstance(selection, Coefficients | AdapterIds):
+            raise IncompatibleError(f"expected coefficients, names or None, got {type(selection).__name__}")
+        selection.check(list(self.layers), len(self.bank))
+        return selection.to(next(iter(self.layers.values())).a_RD.device)
+
+    def _export(self, index: int, name: str) -> Adapter:
+        source = self.bank[name]
+        targets = {}
+        for target, update in source.targets.items():
+            layer = self.layers[target]
+            rows = slice(layer.stack.offsets[index], layer.stack.offsets[index + 1])
+            a, b = (factor.detach().to("cpu", copy=True)[rows] for factor in (layer.a_RD, layer.b_RO))
+            targets[target] = LowRank(a, b.T.contiguous(), update.scaling, update.kind)
+        return Adapter(name, source.base, targets, source.config, source.full_modules)
+
+
+def _refuse_attached(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, ComposedLayer):
+            raise IncompatibleError(f"a bank is attached to this model already (at {name!r}); detach it first")
+
+
+def _fitting_modules(model: nn.Module, bank: Bank) -> dict[str, nn.Module]:
+    """Return target -> module, or raise with every target that does not fit."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    problems = []
+    for target, shape in bank.targets.items():
+        if target not in modules:
+            problems.append(f"{target}: no such module{_hint(target, modules)}")
+        elif (found := _shape_of(modules[target])) != (shape.kind, shape.in_features, shape.out_features):
+            problems.append(
+                f"{target}: the bank has {shape.kind} {shape.in_features} -> {shape.out_features}, "
+                f"the model has {_describe(found, modules[target])}"
+            )
+    if problems:
+        raise IncompatibleError(
+            f"the bank (base {bank.base or 'unknown'!r}) does not fit this model at {len(problems)} of "
+            f"{len(bank.targets)} targets:\n  " + "\n  ".join(problems[:20])
+        )
+    return {target: modules[target] for target in bank.targets}
+
+
+def _hint(target: str, modules: Mapping[str, nn.Module]) -> str:
+    suffix = [name for name in modules if name and (name.endswith("." + target) or target.endswith("." + name))]
+    close = suffix or difflib.get_close_matches(target, modules, n=1)
+    return f"; did you mean {max(close, key=len)!r}? (load the model class the adapters were trained on)" if close else ""
+
+
+def _shape_of(module: nn.Module) -> tuple[str, int, int] | None:
+    """Return (kind, input width, output width) of a module an adapter can stand on, else ``None``."""
+    if isinstance(module, nn.Embedding):
+        return "embedding", module.num_embeddings, module.embedding_dim
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "linear", module.weight.shape[0], module.weight.shape[1]
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return "linear", module.in_features, module.out_features
+    return None
+
+
+def _describe(found: tuple[str, int, int] | None, module: nn.Module) -> str:
+    return type(module).__name__ if found is None else f"{found[0]} {found[1]} -> {found[2]}"
+
+
+def _composed(module: nn.Module, stack: LoraStack, target: str, state: RuntimeState, kind: str) -> ComposedLayer:
+    weight = module.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    moved = LoraStack(
+        stack.a_RD.to(weight.device, dtype),
+        stack.b_RO.to(weight.device, dtype),
+        stack.scaling_E.to(weight.device),
+        stack.ranks,
+    )
+    layer = ComposedEmbedding if kind == "embedding" else ComposedLinear
+    return layer(module, moved, target, state).train(module.training)
+
+
+def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _depth_key(target: str) -> str:
+    """The path up to the first layer number (``model.layers.3``), or the whole path where there is none."""
+    found = re.match(r".*?\.\d+(?=\.|$)", target)
+    return found.group(0) if found else target

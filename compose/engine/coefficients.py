@@ -1,0 +1,144 @@
+"""Coefficients: who contributes how much, at every scope from the whole batch to one token.
+
+Shape letters: ``E`` adapters of the bank, ``B`` batch rows, ``T`` tokens, ``G`` groups of targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from compose.errors import IncompatibleError
+from compose.kernels.grouped_lora.op import GroupPlan, grouped_lora, plan_groups
+from compose.kernels.mixture_lora.op import mixture_lora
+from compose.kernels.stack import LoraStack
+
+Combine = Literal["outputs", "parameters"]
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """One number per adapter: for the whole batch, per row, or per token; optionally one set per group of targets.
+
+    The leading dimensions say how often the numbers change: ``(E,)``, ``(B, E)`` or ``(B, T, E)``. With ``groups`` the
+    values have one more leading dimension ``G`` and a target uses the slice of its group. During ``generate`` a batch
+    that holds each row ``k`` times (beams, returned sequences) uses the row's coefficients ``k`` times, and a step of
+    one token uses the last token's.
+
+    Attributes:
+        values: The numbers; any floating dtype, may require gradients.
+        combine: ``"outputs"``: sum of the adapters' outputs, linear and exact for any ranks. ``"parameters"``: product
+            of summed factors (LoRAHub, arXiv:2307.13269), with cross terms. They are different functions.
+        groups: Target path -> group number, or ``None`` for one set of values for all targets.
+    """
+
+    values: torch.Tensor
+    combine: Combine = "outputs"
+    groups: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.combine not in ("outputs", "parameters"):
+            raise IncompatibleError(f"combine must be 'outputs' or 'parameters', got {self.combine!r}")
+        scope = self.values.dim() - (self.groups is not None)
+        if not self.values.is_floating_point() or scope not in (1, 2, 3):
+            raise IncompatibleError(
+                "coefficients must be floating point of shape (E,), (B, E) or (B, T, E), with groups (G, ...); "
+                f"got {self.values.dtype} {tuple(self.values.shape)}{' with groups' if self.groups is not None else ''}"
+            )
+        if self.groups is not None and (bad := [g for g in self.groups.values() if not 0 <= g < len(self.values)]):
+            raise IncompatibleError(f"group numbers must lie in [0, {len(self.values)}), got {bad[0]}")
+
+    @property
+    def num_adapters(self) -> int:
+        """``E``."""
+        return self.values.shape[-1]
+
+    def check(self, targets: list[str], num_adapters: int) -> None:
+        """Raise unless the values fit a bank of ``num_adapters`` and the groups cover ``targets``."""
+        if self.num_adapters != num_adapters:
+            raise IncompatibleError(f"the bank holds {num_adapters} adapters, the coefficients have {self.num_adapters}")
+        missing = [] if self.groups is None else [target for target in targets if target not in self.groups]
+        if missing:
+            raise IncompatibleError(f"groups name no group for target {missing[0]!r} (and {len(missing) - 1} more)")
+
+    def to(self, device: torch.device) -> Coefficients:
+        """Return the same coefficients on ``device`` (``self`` when they are there)."""
+        if self.values.device == device:
+            return self
+        return Coefficients(self.values.to(device), self.combine, self.groups)
+
+    def apply(
+        self, x: torch.Tensor, stack: LoraStack, base: torch.Tensor | None, target: str, backend: str
+    ) -> torch.Tensor:
+        """Return ``base`` plus the mixture's contribution for one target: ``x (B, D)`` or ``(B, T, D)``."""
+        gates = self.gates_for(target, x.shape[:-1])
+        return mixture_lora(x, stack, gates, base=base, combine=self.combine, backend=backend)
+
+    def gates_for(self, target: str, leading: torch.Size) -> torch.Tensor:
+        """Return the values of ``target`` for an input with leading shape ``(B,)`` or ``(B, T)``."""
+        gates = self.values if self.groups is None else self.values[self.groups[target]]
+        if gates.dim() == 1:
+            return gates
+        gates = _repeat_rows(gates, leading[0], target)
+        if gates.dim() == 2:
+            return gates
+        if len(leading) == 2 and leading[1] == gates.shape[1]:
+            return gates
+        if len(leading) == 2 and leading[1] == 1:
+            return gates[:, -1:]
+        raise IncompatibleError(
+            f"{target}: coefficients per token have shape {tuple(self.values.shape)}, the input has {tuple(leading)} "
+            "rows and tokens; give coefficients of the same length"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterIds:
+    """One adapter per row at its full strength (serving): ``ids (B,)`` int64, ``-1`` for the bare base model."""
+
+    ids: torch.Tensor
+    _plans: dict[int, tuple[torch.Tensor, GroupPlan]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.ids.dtype != torch.int64 or self.ids.dim() != 1:
+            raise IncompatibleError(f"ids must be int64 of shape (B,), got {self.ids.dtype} {tuple(self.ids.shape)}")
+
+    def check(self, targets: list[str], num_adapters: int) -> None:
+        """Raise unless every id is ``-1`` or names one of ``num_adapters``."""
+        bad = self.ids[(self.ids < -1) | (self.ids >= num_adapters)]
+        if len(bad):
+            raise IncompatibleError(f"ids must lie in [-1, {num_adapters}), got {int(bad[0])}")
+
+    def to(self, device: torch.device) -> AdapterIds:
+        """Return the same ids on ``device`` (``self`` when they are there)."""
+        return self if self.ids.device == device else AdapterIds(self.ids.to(device))
+
+    def apply(
+        self, x: torch.Tensor, stack: LoraStack, base: torch.Tensor | None, target: str, backend: str
+    ) -> torch.Tensor:
+        """Return ``base`` plus each row's adapter for one target: ``x (B, D)`` or ``(B, T, D)``."""
+        ids, plan = self._plan(x.shape[0], target)
+        return grouped_lora(x, stack, ids, base=base, plan=plan, backend=backend)
+
+    def _plan(self, rows: int, target: str) -> tuple[torch.Tensor, GroupPlan]:
+        if rows not in self._plans:
+            ids = _repeat_rows(self.ids, rows, target)
+            self._plans[rows] = (ids, plan_groups(ids))
+        return self._plans[rows]
+
+
+Selection = Coefficients | AdapterIds
+
+
+def _repeat_rows(values: torch.Tensor, rows: int, target: str) -> torch.Tensor:
+    """Repeat ``values (B, ...)`` row by row to ``rows``; generate lays out the copies of a row next to each other."""
+    if values.shape[0] == rows:
+        return values
+    if values.shape[0] == 0 or rows % values.shape[0]:
+        raise IncompatibleError(
+            f"{target}: coefficients are set for {values.shape[0]} rows, the batch has {rows}; give one set per row"
+        )
+    return values.repeat_interleave(rows // values.shape[0], dim=0)

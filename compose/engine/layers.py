@@ -1,0 +1,125 @@
+"""The modules that stand in for a targeted layer while a bank is attached; each holds the original module object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from compose.engine.coefficients import Selection
+from compose.kernels.stack import LoraStack
+
+
+class RuntimeState:
+    """What one handle's layers read in every forward; owned by the handle, never global.
+
+    Attributes:
+        active: The coefficients in force, or ``None`` for the bare base model.
+        backend: Kernel backend name.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.active: Selection | None = None
+        self.backend = backend
+
+
+class _ComposedLayer(nn.Module):
+    """Base of the two composed layers: the wrapped module, its stack, and the state shared with the handle."""
+
+    def __init__(self, base_layer: nn.Module, stack: LoraStack, target: str, state: RuntimeState) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.target = target
+        self._state = state
+        self._ranks = stack.ranks
+        self.register_buffer("scaling_E", stack.scaling_E, persistent=False)
+        self.register_buffer("a_RD", stack.a_RD, persistent=False)
+        self.register_buffer("b_RO", stack.b_RO, persistent=False)
+        self._stack: LoraStack | None = stack
+
+    def make_trainable_(self) -> None:
+        """Turn both factors into parameters (copies, so the bank's own tensors never change)."""
+        for name in ("a_RD", "b_RO"):
+            factor = self._buffers.pop(name)
+            assert factor is not None  # noqa: S101 - registered in __init__
+            self.register_parameter(name, nn.Parameter(factor.detach().clone()))
+        self._stack = None
+
+    @property
+    def stack(self) -> LoraStack:
+        """The factors as the kernels take them; rebuilt after the module was moved or cast."""
+        if self._stack is None:
+            self._stack = LoraStack(self.a_RD, self.b_RO, self.scaling_E, self._ranks)
+        return self._stack
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's weight: models read it for its dtype, its device, or to tie it."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _ComposedLayer:
+        super()._apply(fn, recurse)
+        self.scaling_E = self.scaling_E.float()
+        self._stack = None
+        return self
+
+
+class ComposedLinear(_ComposedLayer):
+    """A linear layer (nn.Linear, GPT-2's Conv1D, a quantised linear) plus the active adapters' contribution."""
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        """Input width ``D``."""
+        return self.a_RD.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Output width ``O``."""
+        return self.b_RO.shape[1]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``(B, D)`` or ``(B, T, D)`` -> the same with ``O``; further arguments go to the base layer."""
+        base = self.base_layer(x, *args, **kwargs)
+        active = self._state.active
+        if active is None:
+            return base
+        return active.apply(x, self.stack, base, self.target, self._state.backend)
+
+
+class ComposedEmbedding(_ComposedLayer):
+    """An embedding plus the active adapters' contribution: the input is one-hot, so ``A x`` is a look-up."""
+
+    @property
+    def num_embeddings(self) -> int:
+        """Vocabulary size."""
+        return self.a_RD.shape[1]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Output width ``O``."""
+        return self.b_RO.shape[1]
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """``(B, T)`` token ids -> ``(B, T, O)``."""
+        base = self.base_layer(ids_BT)
+        active = self._state.active
+        if active is None:
+            return base
+        stack = self.stack
+        h_BTR = nn.functional.embedding(ids_BT, stack.a_RD.T)
+        delta = active.apply(h_BTR, _expand_only(stack), None, self.target, self._state.backend)
+        scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies its embeddings, adapters included
+        return base + (delta if scale is None else delta * scale.to(delta.dtype)).to(base.dtype)
+
+
+def _expand_only(stack: LoraStack) -> LoraStack:
+    """The stack with the identity ``(R, R)`` as ``a``: an input that already holds ``A x`` passes through."""
+    eye = torch.eye(stack.a_RD.shape[0], dtype=stack.a_RD.dtype, device=stack.a_RD.device)
+    return LoraStack(eye, stack.b_RO, stack.scaling_E, stack.ranks)
