@@ -1,0 +1,67 @@
+"""grouped_lora: every batch row, or every token, runs through its own adapter.
+
+Shape letters: ``B`` batch, ``T`` tokens, ``D`` in, ``O`` out.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from compose.errors import IncompatibleError
+from compose.kernels.checks import autocast_dtype, cast_stack, check_id_range, check_operands, resolve_backend
+from compose.kernels.grouped_lora import cpu, reference
+from compose.kernels.grouped_lora.plan import GroupPlan, check_ids, plan_groups
+from compose.kernels.stack import LoraStack
+
+__all__ = ["BACKENDS", "GroupPlan", "grouped_lora", "plan_groups"]
+
+BACKENDS = {"cpu": cpu, "reference": reference}
+
+
+def grouped_lora(
+    x: torch.Tensor,
+    stack: LoraStack,
+    ids: torch.Tensor,
+    *,
+    base: torch.Tensor | None = None,
+    plan: GroupPlan | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Return ``y = base + s_e B_e A_e x`` with ``e`` the id of each row or token, as a new tensor.
+
+    Differentiable in ``x``, ``base`` and the stack's factors and scaling. Under autocast everything is cast to its dtype.
+
+    Args:
+        x: ``(B, D)`` or ``(B, T, D)``, in the stack's dtype.
+        stack: Adapters of this target; ranks may differ and be 0.
+        ids: int64 ``(B,)``, or ``(B, T)`` with ``x (B, T, D)``; -1 = no adapter.
+        base: ``(B, O)`` or ``(B, T, O)``, the frozen layer's output; never written to. None: the update alone.
+        plan: ``plan_groups(ids)``, made once and passed to every layer; without it each call makes its own.
+        backend: ``"auto"``, ``"cpu"`` (fast torch code, any device) or ``"reference"``.
+
+    Raises:
+        IncompatibleError: Shapes, dtypes or devices do not fit, or an id is out of range. While ``torch.compile`` traces,
+            the range is checked only when a plan is given.
+        UnknownNameError: No such backend.
+        BackendUnavailableError: The named backend cannot run these operands.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, stack, base = x.to(dtype), cast_stack(stack, dtype), None if base is None else base.to(dtype)
+    check_operands("grouped_lora", x, stack, base)
+    check_ids(ids)
+    if ids.shape != x.shape[: ids.dim()] or ids.dim() >= x.dim() or ids.device != x.device:
+        raise IncompatibleError(
+            f"grouped_lora: ids for x {tuple(x.shape)} must be {tuple(x.shape[:1])} or {tuple(x.shape[:-1])} on {x.device}, "
+            f"got {tuple(ids.shape)} on {ids.device}"
+        )
+    if plan is None and not torch.compiler.is_compiling():
+        plan = plan_groups(ids)
+    if plan is not None:
+        if plan.ids.shape != ids.shape:
+            raise IncompatibleError(
+                f"grouped_lora: the plan was made for ids {tuple(plan.ids.shape)}, got ids {tuple(ids.shape)}; plan again"
+            )
+        check_id_range("grouped_lora", plan.lowest, plan.highest, stack.num_adapters)
+    module = resolve_backend("grouped_lora", backend, BACKENDS, x, stack)
+    return module.forward(x, stack, ids, base=base, plan=plan)

@@ -1,0 +1,32 @@
+"""Reference of ``grouped_lora``: a loop over adapters in plain torch. Slow and obviously right, any dtype and device."""
+
+from __future__ import annotations
+
+import torch
+
+from compose.kernels.grouped_lora.plan import GroupPlan
+from compose.kernels.stack import LoraStack
+
+
+def supports(x: torch.Tensor, stack: LoraStack) -> str | None:  # noqa: ARG001
+    """It runs everything."""
+    return None
+
+
+def forward(
+    x: torch.Tensor,
+    stack: LoraStack,
+    ids: torch.Tensor,
+    *,
+    base: torch.Tensor | None,
+    plan: GroupPlan | None = None,  # noqa: ARG001
+) -> torch.Tensor:
+    """``y = base + Σ_e [id = e] s_e B_e A_e x``; see ``op.grouped_lora``."""
+    y = x.new_zeros(*x.shape[:-1], stack.b_RO.shape[1]) if base is None else base + 0.0
+    ids = ids if ids.dim() == x.dim() - 1 else ids[:, None]
+    for adapter in range(stack.num_adapters):
+        rows = slice(stack.offsets[adapter], stack.offsets[adapter + 1])
+        scaling = stack.scaling_E[adapter].to(x.dtype)
+        delta = (x @ stack.a_RD[rows].T * scaling) @ stack.b_RO[rows]
+        y = y + torch.where((ids == adapter)[..., None], delta, 0.0)
+    return y

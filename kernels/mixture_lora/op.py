@@ -1,0 +1,94 @@
+"""mixture_lora: every batch, row or token runs through its own gated sum of adapters.
+
+Shape letters: ``B`` batch, ``T`` tokens, ``D`` in, ``O`` out, ``E`` adapters, ``K`` chosen per entry.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from compose.errors import IncompatibleError, UnknownNameError
+from compose.kernels.checks import autocast_dtype, cast_stack, check_id_range, check_operands, resolve_backend
+from compose.kernels.mixture_lora import cpu, reference
+from compose.kernels.stack import LoraStack
+
+__all__ = ["BACKENDS", "mixture_lora"]
+
+BACKENDS = {"cpu": cpu, "reference": reference}
+
+Combine = Literal["outputs", "parameters"]
+
+
+def mixture_lora(
+    x: torch.Tensor,
+    stack: LoraStack,
+    gates: torch.Tensor,
+    indices: torch.Tensor | None = None,
+    *,
+    base: torch.Tensor | None = None,
+    combine: Combine = "outputs",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Return ``base`` plus a gated mixture of adapters, as a new tensor.
+
+    ``"outputs"``: ``y = base + Σ_e g_e s_e B_e A_e x``. ``"parameters"``: ``y = base + (Σ_e g_e σ_e √|s_e| B_e)(Σ_e g_e √|s_e| A_e) x``
+    with ``σ_e`` the sign of ``s_e`` and ranks padded with zero rows to the largest; with equal scalings it is LoRAHub's
+    ``s (Σ g B)(Σ g A) x`` (arXiv 2307.13269).
+
+    Differentiable in ``x``, ``gates``, ``base`` and the stack's factors and scaling. Under autocast everything is cast to its dtype.
+
+    Args:
+        x: ``(B, D)`` or ``(B, T, D)``, in the stack's dtype.
+        stack: Adapters of this target; ranks may differ and be 0.
+        gates: ``(E,)``, ``(B, E)`` or, with ``x (B, T, D)``, ``(B, T, E)``; any float dtype, any sign.
+        indices: int64 of the same shape as ``gates``, whose last dimension is then ``K``: the adapters the gates belong to. An
+            adapter named twice counts twice; -1 contributes nothing.
+        base: ``(B, O)`` or ``(B, T, O)``; never written to. None: the mixture alone.
+        combine: What is summed; two different functions, so never guessed.
+        backend: ``"auto"``, ``"cpu"`` (fast torch code, any device) or ``"reference"``.
+
+    Raises:
+        IncompatibleError: Shapes, dtypes or devices do not fit, or an index is out of range (checked on CPU tensors while
+            nothing is traced; elsewhere torch's own bounds check applies).
+        UnknownNameError: No such backend or way to combine.
+        BackendUnavailableError: The named backend cannot run these operands.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, stack, base = x.to(dtype), cast_stack(stack, dtype), None if base is None else base.to(dtype)
+    if combine not in ("outputs", "parameters"):
+        raise UnknownNameError(f"mixture_lora: unknown combine {combine!r}; known: outputs, parameters")
+    check_operands("mixture_lora", x, stack, base)
+    _check_gates(x, stack, gates, indices)
+    module = resolve_backend("mixture_lora", backend, BACKENDS, x, stack)
+    return module.forward(x, stack, gates, indices, base=base, combine=combine)
+
+
+def _check_gates(x: torch.Tensor, stack: LoraStack, gates: torch.Tensor, indices: torch.Tensor | None) -> None:
+    """Refuse gates or indices that do not fit ``x`` and the stack."""
+    lead, width = gates.shape[:-1], "K" if indices is not None else stack.num_adapters
+    if gates.dim() not in (1, 2, 3) or gates.dim() > x.dim() or lead != x.shape[: len(lead)]:
+        allowed = [f"({', '.join(map(str, (*x.shape[:dims], width)))})" for dims in range(x.dim())]
+        raise IncompatibleError(
+            f"mixture_lora: gates for x {tuple(x.shape)} must be {' or '.join(allowed)}, got {tuple(gates.shape)}"
+        )
+    if not gates.is_floating_point() or gates.device != x.device:
+        raise IncompatibleError(
+            f"mixture_lora: gates must be floating point on {x.device}, got {gates.dtype} on {gates.device}"
+        )
+    if indices is None:
+        if gates.shape[-1] != stack.num_adapters:
+            raise IncompatibleError(
+                f"mixture_lora: the stack has {stack.num_adapters} adapters, gates {tuple(gates.shape)} have {gates.shape[-1]}"
+            )
+        return
+    if indices.dtype != torch.int64 or indices.shape != gates.shape or indices.device != gates.device:
+        raise IncompatibleError(
+            f"mixture_lora: indices must be int64 {tuple(gates.shape)} on {gates.device} like the gates, "
+            f"got {indices.dtype} {tuple(indices.shape)} on {indices.device}"
+        )
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        lowest, highest = torch.aminmax(indices)
+        check_id_range("mixture_lora", int(lowest), int(highest), stack.num_adapters)
