@@ -5,6 +5,7 @@ Shape letters: ``R`` rank, ``I`` input width of the target, ``O`` output width o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -58,6 +59,25 @@ class LowRank:
         """Return the dense update ``(O, I)`` in the factors' dtype."""
         return self.scaling * (self.b @ self.a)
 
+    def norm(self) -> float:
+        """Return the Frobenius norm of the delta through ``(R, R)`` Gram matrices, in float64."""
+        a, b = self.a.double(), self.b.double()
+        squared = float(((b.T @ b) * (a @ a.T)).sum())
+        return abs(self.scaling) * math.sqrt(max(squared, 0.0))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter's configuration came from, so that an unchanged adapter is written back as it was.
+
+    Attributes:
+        config_text: The configuration file verbatim.
+        targets: The targets the adapter had when it was read.
+    """
+
+    config_text: str
+    targets: tuple[str, ...]
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
@@ -71,6 +91,8 @@ class Adapter:
         full_modules: Full replacement weights saved beside the adapter (PEFT ``modules_to_save``), by parameter path.
             They are kept and reported; composition never applies them.
         sha256: Hash of the weight file's bytes; ``""`` for an adapter made in memory.
+        source: The configuration's text and targets as read; None for an adapter made in memory. A format writes the text
+            back only while it still describes ``targets``, so values derived from this adapter may carry it along.
     """
 
     name: str
@@ -79,6 +101,7 @@ class Adapter:
     config: Mapping[str, Any] = field(default_factory=dict)
     full_modules: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sha256: str = ""
+    source: Source | None = None
 
     def __post_init__(self) -> None:
         for attribute in ("targets", "config", "full_modules"):

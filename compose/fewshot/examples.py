@@ -1,0 +1,123 @@
+"""Examples of a task: reading a JSONL file, with every problem reported at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compose.errors import ExamplesError
+
+MAX_FILE_BYTES = 256 * 2**20
+_SHOWN_PROBLEMS = 20
+_INPUT_NAMES = ("input", "prompt")
+_OUTPUT_NAMES = ("output", "response")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input and the response wanted.
+
+    Attributes:
+        input: The instruction and its content, before the model's prompt template.
+        output: The response, without an end-of-text token.
+        choices: The allowed responses of a closed task, ``output`` among them; empty for an open task.
+        messages: Chat turns ``({"role", "content"}, ...)`` that stand in for ``input``; empty otherwise.
+    """
+
+    input: str
+    output: str
+    choices: tuple[str, ...] = ()
+    messages: tuple[Mapping[str, str], ...] = ()
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Read one example per line: ``{"input", "output"}``, ``{"prompt", "response"}`` or ``{"messages"}``.
+
+    ``messages`` ends with the assistant's turn, which becomes the output. ``choices`` is optional. Other fields are
+    ignored; blank lines are skipped.
+
+    Raises:
+        ExamplesError: The file is missing, too large, empty, or has bad lines; all of them are named with their number.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ExamplesError(f"{file}: no such file; give a JSONL file with one example per line")
+    if file.stat().st_size > MAX_FILE_BYTES:
+        raise ExamplesError(f"{file}: {file.stat().st_size} bytes, at most {MAX_FILE_BYTES}; pass a smaller sample")
+    examples, problems = [], []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            examples.append(_parse(line))
+        except _BadLineError as error:
+            problems.append(f"{file}:{number}: {error}")
+    if problems:
+        more = [f"... and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
+        raise ExamplesError("\n".join([*problems[:_SHOWN_PROBLEMS], *more]))
+    if not examples:
+        raise ExamplesError(f"{file}: no examples; give at least one line with 'input' and 'output'")
+    return examples
+
+
+def examples_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 over the examples' contents, in order."""
+    rows = [[example.input, example.output, example.choices, [dict(turn) for turn in example.messages]] for example in examples]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode()).hexdigest()
+
+
+class _BadLineError(Exception):
+    """What is wrong with one line."""
+
+
+def _parse(line: bytes) -> Example:
+    try:
+        record = json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise _BadLineError(f"not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise _BadLineError(f"expected an object, got {type(record).__name__}")
+    if "messages" in record:
+        example = _from_messages(record["messages"])
+    else:
+        example = Example(_text(record, _INPUT_NAMES), _text(record, _OUTPUT_NAMES))
+    if not example.output:
+        raise _BadLineError("the output is empty")
+    return Example(example.input, example.output, _choices(record, example.output), example.messages)
+
+
+def _text(record: Mapping[str, Any], names: Sequence[str]) -> str:
+    given = [name for name in names if name in record]
+    if len(given) != 1:
+        found = f"both {' and '.join(map(repr, given))}" if given else f"only {sorted(record)}"
+        raise _BadLineError(f"needs exactly one of {' or '.join(map(repr, names))}, has {found}")
+    value = record[given[0]]
+    if not isinstance(value, str):
+        raise _BadLineError(f"{given[0]!r} must be a string, got {type(value).__name__}")
+    return value
+
+
+def _from_messages(messages: Any) -> Example:
+    fine = isinstance(messages, list) and len(messages) >= 2
+    if not fine or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in messages
+    ):
+        raise _BadLineError("'messages' must be a list of at least two {'role', 'content'} objects with string values")
+    if messages[-1]["role"] != "assistant":
+        raise _BadLineError(f"the last message must be the assistant's, got role {messages[-1]['role']!r}")
+    turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in messages[:-1])
+    return Example(turns[-1]["content"], messages[-1]["content"], (), turns)
+
+
+def _choices(record: Mapping[str, Any], output: str) -> tuple[str, ...]:
+    choices = record.get("choices", [])
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise _BadLineError("'choices' must be a list of strings")
+    if choices and (output not in choices or len(set(choices)) != len(choices)):
+        raise _BadLineError(f"'choices' must be distinct and contain the output {output!r}")
+    return tuple(choices)

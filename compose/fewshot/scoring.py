@@ -1,0 +1,109 @@
+"""Scores on test items: exact match of generated text, response loss, option log-likelihood, and their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from compose.engine.generate import generate_tokens
+from compose.fewshot.encoding import encode
+from compose.fewshot.examples import Example
+from compose.fewshot.loading import LoadedModel
+from compose.fewshot.losses import response_losses
+
+ROWS = 128
+"""Rows scored in one batch."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Results per item, in the items' order.
+
+    Attributes:
+        exact: ``(n,)`` bool: the generated text equals the output, white space at the ends aside.
+        losses: ``(n,)`` mean token cross-entropy of the output, or ``None`` where nothing is scored by a model.
+        options: ``(n,)`` bool: the output has the highest log-likelihood of the item's choices; ``None`` unless every
+            item has choices.
+        texts: The generated texts.
+    """
+
+    exact: np.ndarray
+    losses: np.ndarray | None
+    options: np.ndarray | None
+    texts: tuple[str, ...]
+
+
+class Interval(NamedTuple):
+    """A mean and its bootstrap interval (95 %)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@torch.no_grad()
+def score(loaded: LoadedModel, items: Sequence[Example]) -> Scores:
+    """Score the model as it stands now, with whatever coefficients are in force for the whole batch."""
+    losses, texts, stops = [], [], stop_ids(loaded)
+    encoder_decoder = loaded.model.config.is_encoder_decoder
+    encoded = encode(items, loaded.tokenizer, loaded.prompt_format, encoder_decoder=encoder_decoder)
+    longest = max(len(item.response) for item in encoded)
+    order = sorted(range(len(items)), key=lambda index: (encoded[index].length, index))
+    options = _option_hits(loaded, items) if all(item.choices for item in items) else None
+    for start in range(0, len(order), ROWS):
+        rows = [encoded[index] for index in order[start : start + ROWS]]
+        losses.append(response_losses(loaded.model, rows).cpu())
+        new_ids = generate_tokens(
+            loaded.model, [row.prompt for row in rows], max_new_tokens=longest + 2, stop_ids=stops
+        )
+        texts += loaded.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+    back = np.argsort(order)
+    in_order = tuple(texts[index] for index in back)
+    exact = np.array([text.strip() == item.output.strip() for text, item in zip(in_order, items, strict=True)])
+    return Scores(exact, torch.cat(losses).double().numpy()[back], options, in_order)
+
+
+def constant_scores(items: Sequence[Example], answer: str) -> Scores:
+    """Score one and the same answer on every item."""
+    exact = np.array([item.output.strip() == answer.strip() for item in items])
+    return Scores(exact, None, None, (answer,) * len(items))
+
+
+def interval(values: np.ndarray, *, samples: int, seed: int) -> Interval:
+    """Mean and 95 % percentile bootstrap interval; for a paired comparison pass the differences per item."""
+    values = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(values), size=(samples, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5]) if samples else (np.nan, np.nan)
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def stop_ids(loaded: LoadedModel) -> list[int]:
+    """Token ids that end a response: the end-of-text token, and the response suffix when it is one token."""
+    suffix = loaded.tokenizer(loaded.prompt_format.suffix(loaded.tokenizer), add_special_tokens=False).input_ids
+    ids = [*suffix[-1:], loaded.tokenizer.eos_token_id]
+    return list(dict.fromkeys(token for token in ids if token is not None))
+
+
+def _option_hits(loaded: LoadedModel, items: Sequence[Example]) -> np.ndarray:
+    """Whether the output is the likeliest choice (summed log-likelihood; the first of equals wins)."""
+    variants = [Example(item.input, choice, (), item.messages) for item in items for choice in item.choices]
+    encoder_decoder = loaded.model.config.is_encoder_decoder
+    encoded = encode(variants, loaded.tokenizer, loaded.prompt_format, encoder_decoder=encoder_decoder)
+    order = sorted(range(len(encoded)), key=lambda index: (encoded[index].length, index))
+    totals = np.empty(len(encoded))
+    for start in range(0, len(order), ROWS):
+        indices = order[start : start + ROWS]
+        rows = [encoded[index] for index in indices]
+        losses = response_losses(loaded.model, rows)
+        totals[indices] = losses.double().cpu().numpy() * [len(row.response) for row in rows]
+    hits, position = [], 0
+    for item in items:
+        count = len(item.choices)
+        best = int(np.argmin(totals[position : position + count]))
+        hits.append(item.choices[best] == item.output)
+        position += count
+    return np.array(hits)
