@@ -1,0 +1,252 @@
+"""PEFT LoRA folders (``adapter_config.json`` + ``adapter_model.safetensors``), read and written without importing peft.
+
+Everything that is not plain LoRA, every unused tensor and every unmet target is refused by name: loading part of an
+adapter is loading another adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compose.adapter import Adapter, LowRank, Source
+from compose.errors import AdapterFormatError, ComposeError
+from compose.formats import FORMATS, discover
+from compose.formats import safetensors_file as files
+from compose.formats.header import AdapterHeader, FullTensorHeader, TargetHeader, check_name, natural_key
+from compose.formats.peft_config import LoraConfig, check_full_modules, check_targets, is_inside, parse_config
+from compose.formats.peft_keys import Pair, is_embedding_copy, parse_keys
+from compose.formats.peft_refusals import unknown_fields
+from compose.formats.peft_write import config_bytes, weights_bytes
+from compose.formats.publish import publish_folder
+from compose.formats.strict_json import parse_object
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+LEGACY_NAME = "adapter_model.bin"
+MAX_CONFIG_BYTES = 1024**2
+
+
+def inspect_adapter(folder: str | Path, *, name: str | None = None) -> AdapterHeader:
+    """Read configuration and weight header of a PEFT LoRA folder; no weight byte is read.
+
+    Args:
+        folder: The adapter's folder.
+        name: Its name; the folder's name by default.
+
+    Raises:
+        AdapterFormatError: Anything wrong with either file; the message names file, target and reason.
+    """
+    folder = Path(folder)
+    checked_name = check_name(folder.resolve().name if name is None else name, folder)
+    config_path = folder / CONFIG_NAME
+    data = files.read_bytes(config_path, max_bytes=MAX_CONFIG_BYTES)
+    files.refuse_pointer(data[:200], config_path)
+    config = parse_object(data, config_path)
+    try:
+        parsed = parse_config(config)
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{config_path}: {error}") from error
+    path = _weights_path(folder)
+    header = files.read_header(path)
+    targets, full, notes = _resolve(parsed, config, header.tensors, path)
+    return AdapterHeader(
+        name=checked_name,
+        folder=folder,
+        format="peft",
+        base=parsed.base,
+        targets=targets,
+        full_modules=full,
+        config=config,
+        config_text=data.decode(),
+        num_bytes=header.num_bytes,
+        fingerprint=header.fingerprint,
+        notes=notes,
+    )
+
+
+def read_adapter(
+    folder: str | Path, *, name: str | None = None, expected: AdapterHeader | None = None
+) -> Adapter:
+    """Read a PEFT LoRA folder whole; every tensor owns its memory and nothing stays mapped to the file.
+
+    Args:
+        folder: The adapter's folder.
+        name: Its name; the folder's name by default.
+        expected: A header from `inspect_adapter`; the configuration is then not read again, and a weight file whose
+            header differs is refused.
+
+    Raises:
+        AdapterFormatError: As `inspect_adapter`, and for values that are not finite.
+    """
+    header = inspect_adapter(folder, name=name) if expected is None else expected
+    content = files.load(_weights_path(Path(folder)), fingerprint=header.fingerprint)
+    tensors = content.tensors
+    return Adapter(
+        name=header.name if name is None else check_name(name, folder),
+        base=header.base,
+        targets={
+            path: LowRank(tensors[target.a_key], tensors[target.b_key], target.scaling, target.kind)
+            for path, target in header.targets.items()
+        },
+        config=header.config,
+        full_modules={path: tensors[full.key] for path, full in header.full_modules.items()},
+        sha256=content.sha256,
+        source=Source(header.config_text, tuple(header.targets)),
+    )
+
+
+def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a PEFT LoRA folder that PEFT loads with equal outputs; it appears whole or not at all.
+
+    The source configuration is kept, verbatim while it still describes the tensors. Scalings are written as
+    ``lora_alpha`` / ``alpha_pattern``; one that no float64 alpha gives exactly is off by one rounding of float64.
+
+    Args:
+        adapter: Ranks and scalings may differ between targets.
+        folder: Must not exist (or be empty) unless ``overwrite``, which replaces it whole.
+        overwrite: Replace an existing adapter folder.
+
+    Returns:
+        The absolute path of ``folder``.
+
+    Raises:
+        AdapterFormatError: No targets, a rank of 0, values that are not finite, a dtype or a path the format cannot hold.
+        DuplicateNameError: ``folder`` exists and ``overwrite`` is false, or it is no adapter folder.
+    """
+    folder = Path(folder)
+    if overwrite and folder.exists() and not (folder / CONFIG_NAME).exists() and any(folder.iterdir()):
+        raise AdapterFormatError(f"{folder} exists and is no adapter folder; it is not overwritten")
+    _check_writable(adapter)
+    weights, config = weights_bytes(adapter), config_bytes(adapter)
+    _check_round_trip(adapter, weights, config)
+    return publish_folder({CONFIG_NAME: config, WEIGHTS_NAME: weights}, folder, overwrite=overwrite)
+
+
+def scan(folder: str | Path) -> list[Path]:
+    """Return ``folder`` itself if it is a PEFT folder, else its PEFT subfolders sorted by name.
+
+    Raises:
+        AdapterFormatError: There is none.
+    """
+    return discover(Path(folder), ["peft"])
+
+
+@FORMATS.register("peft")
+class _Peft:
+    """The functions above as a registry entry."""
+
+    @staticmethod
+    def matches(folder: Path) -> bool:
+        return any((folder / name).exists() or (folder / name).is_symlink() for name in (CONFIG_NAME, WEIGHTS_NAME, LEGACY_NAME))
+
+    inspect = staticmethod(inspect_adapter)
+    read = staticmethod(read_adapter)
+    write = staticmethod(write_adapter)
+
+    @staticmethod
+    def sha256(adapter: Adapter) -> str:
+        return hashlib.sha256(weights_bytes(adapter)).hexdigest()
+
+    @staticmethod
+    def file_sha256(header: AdapterHeader) -> str:
+        return files.file_sha256(_weights_path(header.folder), fingerprint=header.fingerprint)
+
+
+def _weights_path(folder: Path) -> Path:
+    path = folder / WEIGHTS_NAME
+    if not path.exists() and not path.is_symlink() and (folder / LEGACY_NAME).exists():
+        raise AdapterFormatError(
+            f"{folder / LEGACY_NAME}: pickled weights can run code and are not read. Convert them once, where you trust the "
+            "file: load the adapter with peft and save_pretrained(..., safe_serialization=True)"
+        )
+    return path
+
+
+def _resolve(
+    parsed: LoraConfig, config: Mapping[str, Any], tensors: Mapping[str, files.TensorSpec], where: object
+) -> tuple[dict[str, TargetHeader], dict[str, FullTensorHeader], tuple[str, ...]]:
+    """Bring configuration and tensor names to one table of targets and one of full weights, nothing left over."""
+    try:
+        keys = parse_keys(tensors)
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{where}: {error}") from error
+    problems: list[str] = [] if keys.pairs else ["no LoRA tensors"]
+    targets: dict[str, TargetHeader] = {}
+    for path in sorted(keys.pairs, key=natural_key):
+        try:
+            targets[path] = _target(parsed, path, keys.pairs[path], tensors)
+        except AdapterFormatError as error:
+            problems.append(str(error))
+    full = {path: FullTensorHeader(*tensors[name], name) for path, name in keys.full.items()}
+    problems += check_targets(parsed, list(keys.pairs)) + check_full_modules(parsed, list(full))
+    problems += [
+        f"{entry.key} is used by nothing: neither a LoRA factor, nor in modules_to_save, nor a copy of an embedding"
+        for path, entry in full.items()
+        if not is_embedding_copy(path, targets) and not any(is_inside(path, name) for name in parsed.full_modules)
+    ]
+    if config.get("ensure_weight_tying") and (full or any(target.kind == "embedding" for target in targets.values())):
+        problems.append("ensure_weight_tying is set on an adapted embedding: the update is shared by two modules; untie it")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise AdapterFormatError(f"{where}: {shown}")
+    notes = [f"full weights kept, never composed: {', '.join(full)}"] if full else []
+    notes += [f"unknown configuration field {key!r} kept" for key in unknown_fields(config)]
+    return targets, full, tuple(notes)
+
+
+def _target(parsed: LoraConfig, path: str, pair: Pair, tensors: Mapping[str, files.TensorSpec]) -> TargetHeader:
+    a, b = tensors[pair.a], tensors[pair.b]
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise AdapterFormatError(
+            f"target {path}: factors of shapes {a.shape} and {b.shape}; only linear layers and embeddings (2 dimensions) are "
+            "supported, not convolutions"
+        )
+    if a.shape[0] != b.shape[1]:
+        raise AdapterFormatError(f"target {path}: A {a.shape} and B {b.shape} differ in rank; A is (rank, in), B (out, rank)")
+    if a.dtype != b.dtype:
+        raise AdapterFormatError(f"target {path}: A is {a.dtype} and B {b.dtype}; save both in one dtype")
+    rank = a.shape[0]
+    return TargetHeader(pair.kind, rank, a.shape[1], b.shape[0], parsed.scaling(path, rank), a.dtype, pair.a, pair.b)
+
+
+def _check_writable(adapter: Adapter) -> None:
+    if not adapter.targets:
+        raise AdapterFormatError(f"adapter {adapter.name!r} has no targets; there is nothing to write")
+    for path, update in adapter.targets.items():
+        if update.rank == 0:
+            raise AdapterFormatError(f"adapter {adapter.name!r}, target {path}: rank 0 has no PEFT form; leave the target out")
+        if not math.isfinite(update.scaling):
+            raise AdapterFormatError(f"adapter {adapter.name!r}, target {path}: scaling {update.scaling} is not finite")
+        if update.a.dtype not in files.DTYPES.values() or update.b.dtype != update.a.dtype:
+            raise AdapterFormatError(
+                f"adapter {adapter.name!r}, target {path}: dtypes {update.a.dtype} and {update.b.dtype}; both factors must "
+                f"have one of {', '.join(map(str, files.DTYPES.values()))}"
+            )
+        files.check_finite({"A": update.a, "B": update.b}, f"adapter {adapter.name!r}, target {path}")
+    files.check_finite(adapter.full_modules, f"adapter {adapter.name!r}")
+
+
+def _check_round_trip(adapter: Adapter, weights: bytes, config: bytes) -> None:
+    """What was built must read back as the same adapter; a difference here would be a wrong adapter on disk."""
+    where = Path(f"adapter {adapter.name!r} as PEFT files")
+    try:
+        fields = parse_object(config, where)
+        targets, full, _ = _resolve(parse_config(fields), fields, files.parse_header(weights, where).tensors, where)
+    except ComposeError as error:
+        raise AdapterFormatError(f"adapter {adapter.name!r} cannot be written as PEFT files: {error}") from error
+    wrong = [
+        path
+        for path, update in adapter.targets.items()
+        if path not in targets
+        or (targets[path].kind, targets[path].rank) != (update.kind, update.rank)
+        or not math.isclose(targets[path].scaling, update.scaling, rel_tol=1e-15, abs_tol=0.0)
+    ]
+    if wrong or targets.keys() != adapter.targets.keys() or full.keys() != adapter.full_modules.keys():
+        raise AdapterFormatError(
+            f"adapter {adapter.name!r} cannot be written as PEFT files: {', '.join(wrong[:5]) or 'its module paths'} would read "
+            "back differently (a path that starts with a wrapper's prefix, or two that are one)"
+        )

@@ -1,0 +1,77 @@
+"""PEFT variants that are not plain LoRA: each refused by name with what to do, never loaded as something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "true", "false"})
+
+# Field -> why a value that is set cannot be honoured, and the next step.
+_VARIANTS = {
+    "use_dora": "DoRA rescales every row of the adapted weight; merge it into its base, or retrain without it",
+    "lora_bias": "it adds a bias to lora_B; retrain without it",
+    "use_qalora": "QALoRA pools the inputs of lora_A; retrain as plain LoRA",
+    "use_bdlora": "block-diagonal LoRA changes the factors' layout; retrain as plain LoRA",
+    "layer_replication": "its layer numbers belong to an expanded model; attach it to that model with PEFT",
+    "target_parameters": "LoRA on bare parameters (fused experts) is position-coded; target the linear layers themselves",
+    "trainable_token_indices": "trained token rows are not a low-rank update; resize the embedding and retrain without it",
+    "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens; use PEFT for it",
+    "alora_invocation_string": "activated LoRA acts only after its invocation tokens; use PEFT for it",
+    "arrow_config": "an Arrow router is not an adapter; open its experts as a bank and use a Compose router",
+    "velora_config": "VeLoRA changes the forward pass; retrain as plain LoRA",
+    "monteclora_config": "MonteCLoRA samples its weights; retrain as plain LoRA",
+    "kasa_config": "KaSA truncates the base's weights; retrain as plain LoRA",
+}
+_MUTATING_INIT = (
+    "this initialisation changes the base weights, so the factors alone are not the update; convert it with PEFT's "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+)
+
+KNOWN_FIELDS = frozenset(
+    """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
+    exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights
+    layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core loftq_config eva_config
+    corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying enable_lora merge_weights
+    ephemeral_gpu_offload""".split()
+) | frozenset(_VARIANTS)
+
+
+def refuse_variants(config: Mapping[str, Any]) -> list[str]:
+    """Return one problem per field that makes the adapter something other than plain LoRA; empty when it is plain."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        return [
+            f"peft_type {kind!r:.60} is not supported; only 'LORA' can be composed (PEFT's convert_to_lora converts LoHa, "
+            "LoKr and AdaLoRA)"
+        ]
+    problems = [f"{key} is set: {reason}" for key, reason in _VARIANTS.items() if _is_set(config.get(key))]
+    bias = config.get("bias", "none")
+    if bias not in (None, "none"):
+        problems.append(f"bias {bias!r:.60}: it carries biases of the base model; only 'none' is supported, retrain with it")
+    init = config.get("init_lora_weights", True)
+    if not isinstance(init, bool | None) and not (isinstance(init, str) and init.lower() in _PLAIN_INITS):
+        problems.append(f"init_lora_weights {init!r:.60}: {_MUTATING_INIT}")
+    if _is_set(config.get("enable_lora")):
+        problems.append("enable_lora is set: fused LoRA of PEFT before 0.3 has grouped factors; convert it with that release")
+    problems += [f"{key} is set: this field is unknown and looks like a variant of LoRA" for key in _unknown_switches(config)]
+    return problems
+
+
+def unknown_fields(config: Mapping[str, Any]) -> list[str]:
+    """Return the fields that are set and unknown here; they are kept, and change nothing."""
+    return [key for key, value in config.items() if key not in KNOWN_FIELDS and _is_set(value)]
+
+
+def _unknown_switches(config: Mapping[str, Any]) -> list[str]:
+    """PEFT turns its variants on by ``use_x: true`` or ``x_config: {...}``; a new one must not pass for plain LoRA."""
+    return [
+        key
+        for key in unknown_fields(config)
+        if config[key] is True or (isinstance(config[key], dict) and key.endswith("_config"))
+    ]
+
+
+def _is_set(value: Any) -> bool:
+    """Anything but absent, false and empty; the number 0 counts as set (a token or layer number)."""
+    return value is not None and value is not False and value != [] and value != {} and value != ""

@@ -1,0 +1,275 @@
+"""Safetensors files from strangers: header checked before anything is allocated, bytes read once, hashed, then parsed.
+
+Never memory-mapped: a mapped file that someone truncates kills the process, and one that someone overwrites changes the
+loaded values after they were hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+
+from compose.errors import AdapterFormatError
+from compose.formats.strict_json import parse_object
+
+MAX_FILE_BYTES = 2 * 1024**3
+MAX_HEADER_BYTES = 32 * 1024**2
+MAX_TENSORS = 100_000
+MAX_DIMS = 8
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LFS = b"version https://git-lfs.github.com/spec/"
+_CHANGED = "the file changed after it was inspected; open the bank again"
+_BAD_NAME = re.compile(r"[^\x21-\x7e]|\.\.|[/\\]|^\.|\.$|^$")
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of one tensor, from the header."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class FileHeader(NamedTuple):
+    """A checked safetensors header.
+
+    Attributes:
+        tensors: Name -> `TensorSpec` in file order.
+        num_bytes: Size of the whole file.
+        fingerprint: Hash of the header bytes together with the file size.
+    """
+
+    tensors: dict[str, TensorSpec]
+    num_bytes: int
+    fingerprint: str
+
+
+class FileContent(NamedTuple):
+    """A loaded safetensors file: its header, its tensors on the CPU, and the hash of exactly the bytes parsed."""
+
+    header: FileHeader
+    tensors: dict[str, torch.Tensor]
+    sha256: str
+
+
+def read_header(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> FileHeader:
+    """Check and parse the header of ``path``; no weight byte is read.
+
+    Raises:
+        AdapterFormatError: Anything wrong with the file; the message names file, tensor and reason.
+    """
+    with open_regular(path) as stream:
+        size = _bounded_size(stream, path, max_bytes)
+        head = _read_up_to(stream, 8)
+        refuse_pointer(head + _read_up_to(stream, 200) if head.startswith(b"version ") else head, path)
+        length = _header_length(head, size, path)
+        return _parse_header(head + _read_up_to(stream, length), size, path)
+
+
+def load(path: Path, *, fingerprint: str | None = None, max_bytes: int = MAX_FILE_BYTES) -> FileContent:
+    """Read ``path`` once and return its tensors, none of them sharing memory with the file.
+
+    Args:
+        path: The file.
+        fingerprint: Of a header read earlier; a file whose header differs is refused.
+        max_bytes: Files larger than this are refused before they are read.
+
+    Raises:
+        AdapterFormatError: Anything wrong with the file, also a value that is not finite.
+    """
+    data = read_bytes(path, max_bytes=max_bytes)
+    header = parse_header(data, path)
+    if fingerprint is not None and header.fingerprint != fingerprint:
+        raise AdapterFormatError(f"{path}: {_CHANGED}")
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise AdapterFormatError(f"{path}: not a valid safetensors file: {error}") from error
+    ordered = {name: tensors[name] for name in header.tensors}
+    check_finite(ordered, path)
+    return FileContent(header, ordered, hashlib.sha256(data).hexdigest())
+
+
+def file_sha256(path: Path, *, fingerprint: str, max_bytes: int = MAX_FILE_BYTES) -> str:
+    """Return the hash of the file's bytes, refusing a file whose header does not have ``fingerprint``.
+
+    Raises:
+        AdapterFormatError: Missing, damaged or changed.
+    """
+    data = read_bytes(path, max_bytes=max_bytes)
+    if parse_header(data, path).fingerprint != fingerprint:
+        raise AdapterFormatError(f"{path}: {_CHANGED}")
+    return hashlib.sha256(data).hexdigest()
+
+
+def parse_header(data: bytes, path: Path) -> FileHeader:
+    """Check and parse the header of a whole file in memory; ``path`` is for messages.
+
+    Raises:
+        AdapterFormatError: Anything wrong with it.
+    """
+    refuse_pointer(data[:200], path)
+    length = _header_length(data[:8], len(data), path)
+    return _parse_header(data[: 8 + length], len(data), path)
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], where: object) -> None:
+    """Raise when a tensor holds NaN or an infinity.
+
+    Raises:
+        AdapterFormatError: Names every such tensor.
+    """
+    # 0 * x is 0 for every finite x and NaN otherwise, so one fused pass over a tensor decides.
+    bad = [name for name, tensor in tensors.items() if not _all_finite(tensor)]
+    if bad:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise AdapterFormatError(f"{where}: values that are not finite (NaN or infinity) in {shown}; the file is unusable")
+
+
+def read_bytes(path: Path, *, max_bytes: int) -> bytes:
+    """Read a regular file whole.
+
+    Raises:
+        AdapterFormatError: Missing, not a regular file, larger than ``max_bytes``, or changing while it is read.
+    """
+    with open_regular(path) as stream:
+        size = _bounded_size(stream, path, max_bytes)
+        data = _read_up_to(stream, size + 1)
+    if len(data) != size:
+        raise AdapterFormatError(f"{path}: the file changed size while it was read; try again when nobody writes to it")
+    return data
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open ``path`` unbuffered for reading if it is, or links to, a regular file; a FIFO or device cannot block this.
+
+    Raises:
+        AdapterFormatError: Missing, unreadable or not a regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise AdapterFormatError(f"{path}: cannot be opened: {reason}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise AdapterFormatError(f"{path}: not a regular file")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _bounded_size(stream: BinaryIO, path: Path, max_bytes: int) -> int:
+    size = os.fstat(stream.fileno()).st_size
+    if size > max_bytes:
+        raise AdapterFormatError(f"{path}: {size:,} bytes, more than the limit of {max_bytes:,}")
+    return size
+
+
+def _read_up_to(stream: BinaryIO, count: int) -> bytes:
+    """Read ``count`` bytes, fewer only at the end of the file."""
+    data = stream.read(count)
+    if len(data) == count:
+        return data
+    pieces = [data]
+    missing = count - len(data)
+    while missing > 0 and (piece := stream.read(missing)):
+        pieces.append(piece)
+        missing -= len(piece)
+    return b"".join(pieces)
+
+
+def refuse_pointer(data: bytes, path: Path) -> None:
+    """Raise when ``data`` is the beginning of a Git LFS pointer.
+
+    Raises:
+        AdapterFormatError: It is; the message says how to get the file.
+    """
+    if not data.startswith(_LFS):
+        return
+    size = re.search(rb"\nsize (\d{1,18})\n?", data)
+    amount = f" ({int(size[1]) / 1e6:,.1f} MB not downloaded)" if size else ""
+    raise AdapterFormatError(f"{path}: a Git LFS pointer, not the weights{amount}. Run: git lfs pull")
+
+
+def _header_length(head: bytes, size: int, path: Path) -> int:
+    if len(head) < 8:
+        raise AdapterFormatError(f"{path}: {size} bytes are too few for a safetensors file; it is empty or truncated")
+    (length,) = struct.unpack("<Q", head)
+    if length > MAX_HEADER_BYTES:
+        raise AdapterFormatError(
+            f"{path}: header of {length:,} bytes, more than the limit of {MAX_HEADER_BYTES:,}; not a safetensors file?"
+        )
+    if 8 + length > size:
+        raise AdapterFormatError(f"{path}: header of {length:,} bytes in a file of {size:,}; the file is truncated")
+    return int(length)
+
+
+def _parse_header(head: bytes, size: int, path: Path) -> FileHeader:
+    """Check everything safetensors checks and what it does not, from ``head`` (length field and header) alone."""
+    if head[8:9] != b"{":
+        raise AdapterFormatError(f"{path}: the safetensors header does not start with '{{'")
+    entries = parse_object(head[8:], f"{path} (header)")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterFormatError(f"{path}: header __metadata__ must map strings to strings")
+    if not 0 < len(entries) <= MAX_TENSORS:
+        raise AdapterFormatError(f"{path}: {len(entries):,} tensors; allowed are 1 to {MAX_TENSORS:,}")
+    tensors: dict[str, TensorSpec] = {}
+    spans = []
+    for name, entry in entries.items():
+        tensors[name], begin, end = _parse_entry(name, entry, path)
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise AdapterFormatError(f"{path}: tensor {name!r} starts at byte {begin}, expected {position} (hole or overlap)")
+        position = end
+    if position != size - len(head):
+        raise AdapterFormatError(
+            f"{path}: the header describes {position:,} bytes of tensors, the file holds {size - len(head):,}; "
+            "it is truncated or has bytes appended"
+        )
+    fingerprint = hashlib.sha256(head + struct.pack("<Q", size)).hexdigest()
+    return FileHeader(tensors, size, fingerprint)
+
+
+def _parse_entry(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
+    if len(name) > 512 or _BAD_NAME.search(name):
+        raise AdapterFormatError(
+            f"{path}: tensor name {name[:120]!r} is not allowed (printable ASCII, no space, slash, '..', at most 512)"
+        )
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise AdapterFormatError(f"{path}: header entry of {name!r} must have dtype, shape and data_offsets, got {entry!r:.120}")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise AdapterFormatError(
+            f"{path}: tensor {name!r} has dtype {entry['dtype']!r:.40}; supported are {', '.join(DTYPES)}. Convert it first"
+        )
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _counts(shape) or not 1 <= len(shape) <= MAX_DIMS or 0 in shape:
+        raise AdapterFormatError(
+            f"{path}: tensor {name!r} has shape {shape!r:.120}; allowed are 1 to {MAX_DIMS} dimensions, none empty "
+            "(an empty tensor is a shard that was not gathered before saving)"
+        )
+    if not _counts(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        raise AdapterFormatError(
+            f"{path}: tensor {name!r} of shape {shape} and dtype {entry['dtype']} does not fit offsets {offsets!r:.120}"
+        )
+    return TensorSpec(tuple(shape), dtype), offsets[0], offsets[1]
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
