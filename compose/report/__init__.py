@@ -1,1 +1,1 @@
-"""Plots and the self-contained HTML report."""
+"""Plots and the self-contained HTML report: plain values in, one page of text out; no script, nothing loaded."""
