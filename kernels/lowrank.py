@@ -14,10 +14,12 @@ def lowrank(
     x_BTD: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
-    c: torch.Tensor,
+    c: torch.Tensor | float,
     base_BTO: torch.Tensor | None,
+    *,
+    reuse_base: bool = False,
 ) -> torch.Tensor:
-    """Return ``base + ((x aᵀ) ∘ c) b`` as a new tensor ``(B, T, O)``; differentiable in every argument.
+    """Return ``base + ((x aᵀ) ∘ c) b``, ``(B, T, O)``; differentiable in every tensor.
 
     Saved for backward is only what a gradient needs: ``h = x aᵀ`` (with ``c``) for the gradient of ``c``, ``x`` only when
     ``a`` itself is trained.
@@ -25,16 +27,23 @@ def lowrank(
     Args:
         x_BTD: Input.
         a: ``(R, D)`` shared by the batch, or ``(B, R, D)``: factors per batch row.
-        b: ``(R, O)`` or ``(B, R, O)``.
-        c: Coefficients that broadcast to ``(B, T, R)``; same dtype as ``x``.
-        base_BTO: Added when given; never written to.
+        b: ``(R, O)`` or ``(B, R, O)``, like ``a``.
+        c: Coefficients that broadcast to ``(B, T, R)``, in the dtype of ``x``; a number costs no pass over ``h``.
+        base_BTO: Added when given.
+        reuse_base: Add into ``base_BTO`` and return it when nothing is differentiated; otherwise the result is new memory.
     """
-    tensors = (x_BTD, a, b, c) if base_BTO is None else (x_BTD, a, b, c, base_BTO)
     if torch.compiler.is_compiling():
-        return _expand(_shrink(x_BTD, a) * c, b, base_BTO)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _expand(_shrink(x_BTD, a) * c, b, base_BTO, 1.0)
+    if torch.is_grad_enabled() and _any_trained(x_BTD, a, b, c, base_BTO):
         return _LowRank.apply(x_BTD, a, b, c, base_BTO)
-    return _expand(_shrink(x_BTD, a).mul_(c), b, base_BTO)
+    h, alpha = _shrink(x_BTD, a), 1.0
+    if isinstance(c, float):
+        alpha = c
+    else:
+        h.mul_(c)
+    if reuse_base and base_BTO is not None and _writable(base_BTO):
+        return _expand_into(h, b, base_BTO, alpha)
+    return _expand(h, b, base_BTO, alpha)
 
 
 class _LowRank(torch.autograd.Function):
@@ -42,71 +51,96 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, base: torch.Tensor | None
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | float, base: torch.Tensor | None
     ) -> torch.Tensor:
         need_x, need_a, need_b, need_c, _ = ctx.needs_input_grad
         h = _shrink(x, a)
         z = h * c if need_b or need_c else h.mul_(c)
+        number = isinstance(c, float)
         ctx.save_for_backward(
             x if need_a else None,
             a if need_x else None,
             b if need_x or need_a or need_c else None,
-            c if need_x or need_a or need_b else None,
+            c if not number and (need_x or need_a or need_b) else None,
             h if need_b or need_c else None,
         )
-        ctx.shapes = (a.dim(), c.shape)
-        return _expand(z, b, base)
+        ctx.number, ctx.c_shape, ctx.factor_dim = (c if number else None), (None if number else c.shape), a.dim()
+        return _expand(z, b, base, 1.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         need_x, need_a, need_b, need_c, need_base = ctx.needs_input_grad
         x, a, b, c, h = ctx.saved_tensors
-        factor_dim, c_shape = ctx.shapes
+        c = c if ctx.number is None else ctx.number
         dx = da = db = dc = None
         if need_b:
-            db = _outer(h * c, dy, factor_dim)
+            db = _outer(h * c, dy, ctx.factor_dim)
         if need_x or need_a or need_c:
             dz = _shrink(dy, b)
             if need_c:
-                dc = _sum_to(h * dz, c_shape)
+                dc = _sum_to(h * dz, ctx.c_shape)
             if need_x or need_a:
                 dh = dz.mul_(c)
-                da = _outer(dh, x, factor_dim) if need_a else None
-                dx = _expand(dh, a, None) if need_x else None
+                da = _outer(dh, x, ctx.factor_dim) if need_a else None
+                dx = _expand(dh, a, None, 1.0) if need_x else None
         return dx, da, db, dc, dy if need_base else None
 
 
+def _any_trained(*operands: torch.Tensor | float | None) -> bool:
+    for operand in operands:
+        if isinstance(operand, torch.Tensor) and operand.requires_grad:
+            return True
+    return False
+
+
+def _writable(base: torch.Tensor) -> bool:
+    """Whether adding into ``base`` is safe: dense memory, and not an inference tensor met outside inference mode."""
+    return base.is_contiguous() and (not base.is_inference() or torch.is_inference_mode_enabled())
+
+
 def _shrink(x_BTD: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """``x aᵀ``: ``(B, T, R)``, fresh memory."""
+    """``x aᵀ``: ``(B, T, R)``, fresh memory. Also the step back through ``b``: ``dy bᵀ``."""
     if a.dim() == 3:
         return torch.bmm(x_BTD, a.transpose(1, 2))
     batch, tokens, width = x_BTD.shape
-    return torch.mm(x_BTD.reshape(batch * tokens, width), a.T).view(batch, tokens, a.shape[0])
+    return torch.mm(x_BTD.reshape(batch * tokens, width), a.t()).view(batch, tokens, -1)
 
 
-def _expand(z_BTR: torch.Tensor, b: torch.Tensor, base_BTO: torch.Tensor | None) -> torch.Tensor:
-    """``base + z b``: ``(B, T, O)``, fresh memory."""
+def _expand(z_BTR: torch.Tensor, b: torch.Tensor, base_BTO: torch.Tensor | None, alpha: float) -> torch.Tensor:
+    """``base + alpha z b``: ``(B, T, O)``, fresh memory."""
+    if base_BTO is None:
+        z_BTR = z_BTR if alpha == 1.0 else z_BTR * alpha
+        return torch.matmul(z_BTR, b)
     if b.dim() == 3:
-        return torch.bmm(z_BTR, b) if base_BTO is None else torch.baddbmm(base_BTO, z_BTR, b)
-    batch, tokens, rows = z_BTR.shape
-    z, out = z_BTR.reshape(batch * tokens, rows), b.shape[1]
-    y = torch.mm(z, b) if base_BTO is None else torch.addmm(base_BTO.reshape(batch * tokens, out), z, b)
-    return y.view(batch, tokens, out)
+        return torch.baddbmm(base_BTO, z_BTR, b, alpha=alpha)
+    batch, tokens, out = base_BTO.shape
+    flat = base_BTO.reshape(batch * tokens, out)
+    return torch.addmm(flat, z_BTR.reshape(batch * tokens, -1), b, alpha=alpha).view(batch, tokens, out)
+
+
+def _expand_into(z_BTR: torch.Tensor, b: torch.Tensor, base_BTO: torch.Tensor, alpha: float) -> torch.Tensor:
+    """``base += alpha z b`` in place."""
+    if b.dim() == 3:
+        return base_BTO.baddbmm_(z_BTR, b, alpha=alpha)
+    flat = base_BTO.view(-1, base_BTO.shape[-1])
+    flat.addmm_(z_BTR.view(flat.shape[0], -1), b, alpha=alpha)
+    return base_BTO
 
 
 def _outer(z_BTR: torch.Tensor, x_BTD: torch.Tensor, factor_dim: int) -> torch.Tensor:
     """``zᵀ x`` summed over tokens: ``(R, D)``, or per batch row ``(B, R, D)``."""
     if factor_dim == 3:
         return torch.bmm(z_BTR.transpose(1, 2), x_BTD)
-    return torch.mm(z_BTR.reshape(-1, z_BTR.shape[-1]).T, x_BTD.reshape(-1, x_BTD.shape[-1]))
+    return torch.mm(z_BTR.reshape(-1, z_BTR.shape[-1]).t(), x_BTD.reshape(-1, x_BTD.shape[-1]))
 
 
 def _sum_to(product_BTR: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Sum over the dimensions in which a tensor of ``shape`` was broadcast; low precision adds up in float32."""
-    low = product_BTR.dtype in (torch.float16, torch.bfloat16)
-    dims = [dim for dim in range(3) if dim - 3 + len(shape) < 0 or shape[dim - 3 + len(shape)] != product_BTR.shape[dim]]
+    padded = (1,) * (3 - len(shape)) + tuple(shape)
+    dims = [dim for dim in range(3) if padded[dim] != product_BTR.shape[dim]]
     if not dims:
         return product_BTR.reshape(shape)
+    low = product_BTR.dtype in (torch.float16, torch.bfloat16)
     summed = product_BTR.sum(dim=dims, keepdim=True, dtype=torch.float32 if low else None)
     return summed.to(product_BTR.dtype).reshape(shape)

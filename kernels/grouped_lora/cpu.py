@@ -1,10 +1,11 @@
-"""Fast torch path of ``grouped_lora``: four strategies and the measured policy that picks one (README).
+"""Fast torch path of ``grouped_lora``: five strategies and the measured policy that picks one (README).
 
-Shape letters: ``B`` batch, ``T`` tokens, ``N`` tokens of all rows, ``D`` in, ``O`` out, ``R`` rank rows, ``r`` padded rank.
+Shape letters: ``B`` batch, ``T`` tokens, ``N`` entries of ids, ``D`` in, ``O`` out, ``R`` rank rows, ``r`` padded rank.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,121 +29,169 @@ def forward(
     *,
     base: torch.Tensor | None,
     plan: GroupPlan | None,
+    reuse_base: bool = False,
     strategy: Strategy | None = None,
 ) -> torch.Tensor:
-    """See ``op.grouped_lora``; ``strategy`` overrides the policy. Without a plan (tracing) nothing is read on the host."""
-    x_BTD, base_BTO = _three_dim(x), None if base is None else _three_dim(base)
+    """See ``op.grouped_lora``; ``strategy`` overrides the policy. While tracing nothing is read on the host."""
+    flat = x.dim() == 2
+    x_BTD, base_BTO = (x.unsqueeze(1), None if base is None else base.unsqueeze(1)) if flat else (x, base)
     if stack.num_rows == 0 or x.numel() == 0:
         y = _nothing(x_BTD, stack, base_BTO)
-    elif torch.compiler.is_compiling() or plan is None:
+    elif plan is None or torch.compiler.is_compiling():
         y = _traced(x_BTD, stack, ids, base_BTO)
     else:
-        y = _run(strategy or choose(x_BTD, stack, plan), x_BTD, stack, plan, base_BTO)
-    return y if x.dim() == 3 else y.squeeze(1)
+        prepared = _prepared(stack, plan)
+        strategy = strategy or choose(prepared.active_rows, x_BTD.shape[1], plan)
+        y = _run(strategy, x_BTD, stack, plan, prepared, base_BTO, reuse_base)
+    return y.squeeze(1) if flat else y
 
 
-def choose(x_BTD: torch.Tensor, stack: LoraStack, plan: GroupPlan) -> Strategy:
-    """The measured policy; the README has the figures."""
-    rows = sum(stack.ranks[adapter] for adapter in plan.distinct)
-    if rows == 0:
+def choose(active_rows: int, tokens_per_row: int, plan: GroupPlan) -> Strategy:
+    """The measured policy; the README has the figures.
+
+    Args:
+        active_rows: Ranks of the adapters that occur, added up.
+        tokens_per_row: ``T``.
+        plan: Of the ids.
+    """
+    if active_rows == 0:
         return "none"
     if plan.single is not None:
         return "single"
-    tokens = x_BTD.shape[0] * x_BTD.shape[1]
-    if rows <= 32:
-        return "stacked"
-    if plan.ids.dim() == 1 and (x_BTD.shape[1] >= 8 or tokens <= 128):
+    per_row = plan.ids.dim() == 1
+    if per_row and (tokens_per_row >= 8 or len(plan.order) <= 128):
         return "rows"
-    return "segments"
-
-
-def _run(
-    strategy: Strategy, x_BTD: torch.Tensor, stack: LoraStack, plan: GroupPlan, base_BTO: torch.Tensor | None
-) -> torch.Tensor:
-    if strategy == "none":
-        return _nothing(x_BTD, stack, base_BTO)
-    if strategy == "single":
-        return _single(x_BTD, stack, plan.distinct[0], base_BTO)
-    if strategy == "segments":
-        return _segments(x_BTD, stack, plan, base_BTO)
-    if strategy == "stacked":
-        factors = _cached(stack, plan, "stacked")
-        return lowrank(x_BTD, factors.a, factors.b, factors.c, base_BTO)
-    factors = _cached(stack, plan, "rows")
-    if plan.ids.dim() == 2:
-        batch, tokens, _ = x_BTD.shape
-        flat_base = None if base_BTO is None else base_BTO.reshape(batch * tokens, 1, -1)
-        flat = lowrank(x_BTD.reshape(batch * tokens, 1, -1), factors.a, factors.b, factors.c, flat_base)
-        return flat.view(batch, tokens, -1)
-    return lowrank(x_BTD, factors.a, factors.b, factors.c, base_BTO)
+    return "stacked" if active_rows <= 64 else "segments"
 
 
 class _Factors(NamedTuple):
-    """Factors and coefficients gathered for one plan, with the versions of the tensors they were read from."""
+    """Operands of ``lowrank``."""
 
     a: torch.Tensor
     b: torch.Tensor
-    c: torch.Tensor
-    strategy: str
-    versions: tuple[int, int, int]
+    c: torch.Tensor | float
 
 
-def _cached(stack: LoraStack, plan: GroupPlan, strategy: Literal["rows", "stacked"]) -> _Factors:
-    """Gather once per plan and stack; again whenever a factor was written to. Trained stacks are never cached."""
-    sources = (stack.a_RD, stack.b_RO, stack.scaling_E)
-    if any(tensor.requires_grad or tensor.is_inference() for tensor in sources):
-        return _gather(stack, plan, strategy, (0, 0, 0))
-    versions = (stack.a_RD._version, stack.b_RO._version, stack.scaling_E._version)
+@dataclass
+class _Prepared:
+    """What is kept per plan and stack: gathered factors, and the versions of the tensors they were read from."""
+
+    active_rows: int
+    versions: tuple[int, int, int] | None
+    factors: dict[str, _Factors] = field(default_factory=dict)
+
+
+def _prepared(stack: LoraStack, plan: GroupPlan) -> _Prepared:
+    """Look up or start the record of ``stack``; what was gathered is dropped when a factor has been written to since.
+
+    Trained factors are gathered by every call, so that gradients reach them, and so are inference tensors, which
+    carry no version to check.
+    """
+    a, b, scaling = stack.a_RD, stack.b_RO, stack.scaling_E
+    versions = None
+    if not (a.requires_grad or b.requires_grad or scaling.requires_grad):
+        if not (a.is_inference() or b.is_inference() or scaling.is_inference()):
+            versions = (a._version, b._version, scaling._version)
     found = plan.gathered.get(stack)
-    if found is None or found.versions != versions or found.strategy != strategy:
-        with torch.inference_mode(False):
-            found = _gather(stack, plan, strategy, versions)
+    if found is None:
+        found = _Prepared(sum(stack.ranks[adapter] for adapter in plan.distinct), versions)
         plan.gathered[stack] = found
+    elif versions is None or found.versions != versions:
+        found.factors.clear()
+        found.versions = versions
     return found
 
 
-def _gather(
-    stack: LoraStack, plan: GroupPlan, strategy: Literal["rows", "stacked"], versions: tuple[int, int, int]
-) -> _Factors:
-    if strategy == "rows":
-        return _Factors(*_row_factors(stack, plan.ids.reshape(-1)), strategy, versions)
+def _run(
+    strategy: Strategy,
+    x_BTD: torch.Tensor,
+    stack: LoraStack,
+    plan: GroupPlan,
+    prepared: _Prepared,
+    base_BTO: torch.Tensor | None,
+    reuse_base: bool,
+) -> torch.Tensor:
+    if strategy == "none":
+        return _nothing(x_BTD, stack, base_BTO)
+    if strategy == "segments":
+        return _segments(x_BTD, stack, plan, base_BTO)
+    factors = prepared.factors.get(strategy)
+    if factors is None:
+        with torch.inference_mode(False):
+            factors = _GATHER[strategy](stack, plan)
+        if prepared.versions is not None:
+            prepared.factors[strategy] = factors
+    if strategy == "rows" and plan.ids.dim() == 2:
+        batch, tokens, _ = x_BTD.shape
+        x_BTD = x_BTD.reshape(batch * tokens, 1, -1)
+        base = None if base_BTO is None else base_BTO.reshape(batch * tokens, 1, -1)
+        return lowrank(x_BTD, *factors, base).view(batch, tokens, -1)
+    return lowrank(x_BTD, *factors, base_BTO, reuse_base=reuse_base)
+
+
+def _gather_single(stack: LoraStack, plan: GroupPlan) -> _Factors:
+    """Views of the one adapter's factors."""
+    adapter = plan.distinct[0]
+    rows = slice(stack.offsets[adapter], stack.offsets[adapter + 1])
+    return _Factors(stack.a_RD[rows], stack.b_RO[rows], _number(stack.scaling_E[adapter], stack))
+
+
+def _gather_rows(stack: LoraStack, plan: GroupPlan) -> _Factors:
+    """Each entry's own factors, cut to the largest rank that occurs; one number when all scalings are equal."""
+    rank = max(stack.ranks[adapter] for adapter in plan.distinct)
+    a, b, c = _row_factors(stack, plan.ids.reshape(-1), rank)
+    scaling_U = stack.scaling_E[list(plan.distinct)]
+    if scaling_U.requires_grad or not bool((scaling_U == scaling_U[0]).all()):
+        return _Factors(a, b, c)
+    return _Factors(a, b, _number(scaling_U[0], stack))
+
+
+def _gather_stacked(stack: LoraStack, plan: GroupPlan) -> _Factors:
+    """The rows of the adapters that occur, and a mask per entry with the scaling in it."""
     distinct = torch.tensor(plan.distinct, device=stack.a_RD.device)
     active_R = torch.isin(stack.row_adapter_R, distinct).nonzero().squeeze(1)
     adapter_R = stack.row_adapter_R[active_R]
     ids = plan.ids[:, None, None] if plan.ids.dim() == 1 else plan.ids[:, :, None]
-    scaling_R = stack.scaling_E.to(stack.a_RD.dtype)[adapter_R]
-    c = torch.where(ids == adapter_R, scaling_R, 0.0)
-    return _Factors(stack.a_RD[active_R], stack.b_RO[active_R], c, strategy, versions)
+    c = torch.where(ids == adapter_R, stack.scaling_E.to(stack.a_RD.dtype)[adapter_R], 0.0)
+    return _Factors(stack.a_RD[active_R], stack.b_RO[active_R], c)
 
 
-def _row_factors(stack: LoraStack, ids_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+_GATHER = {"single": _gather_single, "rows": _gather_rows, "stacked": _gather_stacked}
+
+
+def _number(scaling: torch.Tensor, stack: LoraStack) -> torch.Tensor | float:
+    """A scaling as a number where reading it is cheap and nothing trains it."""
+    if scaling.requires_grad or scaling.device.type != "cpu":
+        return scaling.to(stack.a_RD.dtype)
+    return scaling.item()
+
+
+def _row_factors(
+    stack: LoraStack, ids_N: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Factors of each entry, ``(N, r, D)`` and ``(N, r, O)``, and coefficients ``(N, 1, r)``; unused places are 0."""
     line_N = torch.where(ids_N < 0, stack.num_adapters, ids_N)
-    rows_Nr, valid_Nr = stack.row_table_Er[line_N], stack.row_valid_Er[line_N]
-    shape = (len(ids_N), stack.max_rank, -1)
-    a = stack.a_RD.index_select(0, rows_Nr.reshape(-1)).view(shape).masked_fill(~valid_Nr[..., None], 0.0)
-    b = stack.b_RO.index_select(0, rows_Nr.reshape(-1)).view(shape).masked_fill(~valid_Nr[..., None], 0.0)
+    rows_Nr, valid_Nr = stack.row_table_Er[line_N, :rank], stack.row_valid_Er[line_N, :rank]
+    unused = ~valid_Nr[..., None]
+    a = stack.a_RD.index_select(0, rows_Nr.reshape(-1)).view(-1, rank, stack.a_RD.shape[1]).masked_fill(unused, 0.0)
+    b = stack.b_RO.index_select(0, rows_Nr.reshape(-1)).view(-1, rank, stack.b_RO.shape[1]).masked_fill(unused, 0.0)
     scaling_N = stack.scaling_E.to(a.dtype)[ids_N.clamp(min=0)]
     return a, b, torch.where(valid_Nr, scaling_N[:, None], 0.0)[:, None]
-
-
-def _single(x_BTD: torch.Tensor, stack: LoraStack, adapter: int, base_BTO: torch.Tensor | None) -> torch.Tensor:
-    rows = slice(stack.offsets[adapter], stack.offsets[adapter + 1])
-    c = stack.scaling_E[adapter].to(x_BTD.dtype)
-    return lowrank(x_BTD, stack.a_RD[rows], stack.b_RO[rows], c, base_BTO)
 
 
 def _segments(
     x_BTD: torch.Tensor, stack: LoraStack, plan: GroupPlan, base_BTO: torch.Tensor | None
 ) -> torch.Tensor:
     """Sort entries by adapter, one pair of products per adapter, sort back."""
-    entries = x_BTD if plan.ids.dim() == 1 else x_BTD.reshape(-1, 1, x_BTD.shape[-1])
+    entries = x_BTD if plan.ids.dim() == 1 else x_BTD.reshape(1, -1, x_BTD.shape[-1]).transpose(0, 1)
     sorted_x = entries.index_select(0, plan.order)
     out = stack.b_RO.shape[1]
     parts = [sorted_x.new_zeros(plan.bounds[0], entries.shape[1], out)]
     for number, adapter in enumerate(plan.distinct):
+        rows = slice(stack.offsets[adapter], stack.offsets[adapter + 1])
         part = sorted_x[plan.bounds[number] : plan.bounds[number + 1]]
-        parts.append(_single(part, stack, adapter, None))
+        c = stack.scaling_E[adapter].to(x_BTD.dtype)
+        parts.append(lowrank(part, stack.a_RD[rows], stack.b_RO[rows], c, None))
     delta = torch.cat(parts).index_select(0, plan.inverse).view(*x_BTD.shape[:2], out)
     return delta if base_BTO is None else base_BTO + delta
 
@@ -152,7 +201,7 @@ def _traced(
 ) -> torch.Tensor:
     """No host reads, so ``torch.compile`` sees one graph: gather per batch row, mask the whole stack per token."""
     if ids.dim() == 1:
-        return lowrank(x_BTD, *_row_factors(stack, ids), base_BTO)
+        return lowrank(x_BTD, *_row_factors(stack, ids, stack.max_rank), base_BTO)
     scaling_R = stack.scaling_E.to(x_BTD.dtype)[stack.row_adapter_R]
     c = torch.where(ids[..., None] == stack.row_adapter_R, scaling_R, 0.0)
     return lowrank(x_BTD, stack.a_RD, stack.b_RO, c, base_BTO)
@@ -163,7 +212,3 @@ def _nothing(x_BTD: torch.Tensor, stack: LoraStack, base_BTO: torch.Tensor | Non
     if base_BTO is not None:
         return base_BTO.clone()
     return x_BTD.new_zeros(*x_BTD.shape[:2], stack.b_RO.shape[1])
-
-
-def _three_dim(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dim() == 3 else tensor.unsqueeze(1)

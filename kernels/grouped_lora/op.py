@@ -26,8 +26,9 @@ def grouped_lora(
     base: torch.Tensor | None = None,
     plan: GroupPlan | None = None,
     backend: str = "auto",
+    reuse_base: bool = False,
 ) -> torch.Tensor:
-    """Return ``y = base + s_e B_e A_e x`` with ``e`` the id of each row or token, as a new tensor.
+    """Return ``y = base + s_e B_e A_e x`` with ``e`` the id of each row or token.
 
     Differentiable in ``x``, ``base`` and the stack's factors and scaling. Under autocast everything is cast to its dtype.
 
@@ -35,9 +36,11 @@ def grouped_lora(
         x: ``(B, D)`` or ``(B, T, D)``, in the stack's dtype.
         stack: Adapters of this target; ranks may differ and be 0.
         ids: int64 ``(B,)``, or ``(B, T)`` with ``x (B, T, D)``; -1 = no adapter.
-        base: ``(B, O)`` or ``(B, T, O)``, the frozen layer's output; never written to. None: the update alone.
+        base: ``(B, O)`` or ``(B, T, O)``, the frozen layer's output. None: the update alone.
         plan: ``plan_groups(ids)``, made once and passed to every layer; without it each call makes its own.
         backend: ``"auto"``, ``"cpu"`` (fast torch code, any device) or ``"reference"``.
+        reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that own it.
+            By default ``base`` is never written to and the result is new memory.
 
     Raises:
         IncompatibleError: Shapes, dtypes or devices do not fit, or an id is out of range. While ``torch.compile`` traces,
@@ -64,4 +67,4 @@ def grouped_lora(
             )
         check_id_range("grouped_lora", plan.lowest, plan.highest, stack.num_adapters)
     module = resolve_backend("grouped_lora", backend, BACKENDS, x, stack)
-    return module.forward(x, stack, ids, base=base, plan=plan)
+    return module.forward(x, stack, ids, base=base, plan=plan, reuse_base=reuse_base)

@@ -20,6 +20,7 @@ def forward(
     *,
     base: torch.Tensor | None,
     plan: GroupPlan | None = None,  # noqa: ARG001
+    reuse_base: bool = False,  # noqa: ARG001
 ) -> torch.Tensor:
     """``y = base + Σ_e [id = e] s_e B_e A_e x``; see ``op.grouped_lora``."""
     y = x.new_zeros(*x.shape[:-1], stack.b_RO.shape[1]) if base is None else base + 0.0

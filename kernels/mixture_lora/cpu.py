@@ -1,4 +1,4 @@
-"""Fast torch path of ``mixture_lora`` with outputs combined, and the measured policy that picks a strategy (README).
+"""Fast torch path of ``mixture_lora``: strategies for combined outputs and the measured policy that picks one (README).
 
 Shape letters: ``B`` batch, ``T`` tokens, ``N`` tokens of all rows, ``D`` in, ``O`` out, ``E`` adapters, ``K`` chosen per
 entry, ``R`` rank rows, ``r`` padded rank.
@@ -6,7 +6,7 @@ entry, ``R`` rank rows, ``r`` padded rank.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -14,13 +14,23 @@ from compose.kernels.lowrank import lowrank
 from compose.kernels.mixture_lora import parameters
 from compose.kernels.stack import LoraStack
 
-DenseStrategy = Literal["none", "select", "stacked"]
-SparseStrategy = Literal["gather", "scatter", "pairs"]
+Strategy = Literal["none", "select", "stacked", "gather", "scatter", "pairs"]
 
 
 def supports(x: torch.Tensor, stack: LoraStack) -> str | None:  # noqa: ARG001
     """Plain torch operators only, so it runs everything, on any device."""
     return None
+
+
+class _Call(NamedTuple):
+    """One call with ``x`` and ``base`` in three dimensions, and gates ``(E,)``, ``(B, 1, E)`` or ``(B, T, E)``."""
+
+    x_BTD: torch.Tensor
+    stack: LoraStack
+    gates: torch.Tensor
+    indices: torch.Tensor | None
+    base_BTO: torch.Tensor | None
+    reuse_base: bool
 
 
 def forward(
@@ -31,22 +41,24 @@ def forward(
     *,
     base: torch.Tensor | None,
     combine: str,
-    strategy: str | None = None,
+    reuse_base: bool = False,
+    strategy: Strategy | None = None,
 ) -> torch.Tensor:
-    """See ``op.mixture_lora``; ``strategy`` overrides the policy."""
-    x_BTD, base_BTO = _three_dim(x), None if base is None else _three_dim(base)
-    if gates.dim() == 2:  # one line of gates per row: (B, 1, E)
+    """See ``op.mixture_lora``; ``strategy`` overrides the policy for combined outputs."""
+    flat = x.dim() == 2
+    if flat:
+        x, base = x.unsqueeze(1), None if base is None else base.unsqueeze(1)
+    if gates.dim() == 2:
         gates, indices = gates.unsqueeze(1), None if indices is None else indices.unsqueeze(1)
     if stack.num_rows == 0 or x.numel() == 0:
-        y = base_BTO.clone() if base_BTO is not None else x_BTD.new_zeros(*x_BTD.shape[:2], stack.b_RO.shape[1])
+        y = _nothing(x, stack, base)
     elif combine == "parameters":
         dense = gates if indices is None else scatter(gates, indices, stack.num_adapters)
-        y = parameters.forward(x_BTD, stack, dense, base_BTO)
-    elif indices is None:
-        y = _dense(x_BTD, stack, gates, base_BTO, strategy)
+        y = parameters.forward(x, stack, dense, base, reuse_base=reuse_base)
     else:
-        y = _sparse(x_BTD, stack, gates, indices, base_BTO, strategy)
-    return y if x.dim() == 3 else y.squeeze(1)
+        call = _Call(x, stack, gates, indices, base, reuse_base)
+        y = _dense(call, strategy) if indices is None else _sparse(call, indices, strategy)
+    return y.squeeze(1) if flat else y
 
 
 def scatter(gates: torch.Tensor, indices: torch.Tensor, num_adapters: int) -> torch.Tensor:
@@ -56,20 +68,27 @@ def scatter(gates: torch.Tensor, indices: torch.Tensor, num_adapters: int) -> to
     return dense.scatter_add(-1, places, gates)[..., :num_adapters]
 
 
-def choose_dense(stack: LoraStack, gates: torch.Tensor) -> tuple[DenseStrategy, list[int]]:
-    """Drop adapters with gate 0 where that is exact and pays: one list of gates for all, and nothing of it is trained."""
-    tensors = (gates, stack.a_RD, stack.b_RO, stack.scaling_E)
-    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if gates.dim() != 1 or trained or torch.compiler.is_compiling() or gates.device.type != "cpu":
-        return "stacked", []
-    active = [adapter for adapter, gate in enumerate(gates.tolist()) if gate != 0.0 and stack.ranks[adapter]]
+def active_adapters(stack: LoraStack, gates: torch.Tensor) -> list[int] | None:
+    """Adapters whose gate is not 0, where leaving the others out is exact: one list of gates, nothing of it trained."""
+    if gates.dim() != 1 or gates.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    trained = gates.requires_grad or stack.a_RD.requires_grad or stack.b_RO.requires_grad or stack.scaling_E.requires_grad
+    if trained and torch.is_grad_enabled():
+        return None
+    return [adapter for adapter, gate in enumerate(gates.tolist()) if gate != 0.0 and stack.ranks[adapter]]
+
+
+def choose_dense(stack: LoraStack, active: list[int] | None) -> Strategy:
+    """The measured policy for dense gates; the README has the figures."""
+    if active is None:
+        return "stacked"
     if not active:
-        return "none", active
-    pays = len(active) == 1 or 2 * sum(stack.ranks[adapter] for adapter in active) <= stack.num_rows
-    return ("select", active) if pays else ("stacked", [])
+        return "none"
+    rows = sum(stack.ranks[adapter] for adapter in active)
+    return "select" if len(active) == 1 or 2 * rows <= stack.num_rows else "stacked"
 
 
-def choose_sparse(x_BTD: torch.Tensor, stack: LoraStack, gates: torch.Tensor) -> SparseStrategy:
+def choose_sparse(stack: LoraStack, gates: torch.Tensor) -> Strategy:
     """The measured policy for gates with indices; the README has the figures."""
     chosen = gates.shape[-1]
     if gates.dim() == 1 or gates.shape[1] == 1:
@@ -79,73 +98,75 @@ def choose_sparse(x_BTD: torch.Tensor, stack: LoraStack, gates: torch.Tensor) ->
     return "pairs"
 
 
-def _dense(
-    x_BTD: torch.Tensor, stack: LoraStack, gates: torch.Tensor, base_BTO: torch.Tensor | None, forced: str | None
-) -> torch.Tensor:
-    strategy, active = choose_dense(stack, gates)
-    if strategy == "none" and forced is None:
-        return base_BTO.clone() if base_BTO is not None else x_BTD.new_zeros(*x_BTD.shape[:2], stack.b_RO.shape[1])
-    if strategy == "stacked" or forced == "stacked":
-        c = stack.row_coefficients(gates).to(x_BTD.dtype)
-        return lowrank(x_BTD, stack.a_RD, stack.b_RO, c, base_BTO)
+def _dense(call: _Call, strategy: Strategy | None) -> torch.Tensor:
+    stack, gates = call.stack, call.gates
+    active = active_adapters(stack, gates)
+    strategy = strategy or choose_dense(stack, active)
+    if strategy == "stacked" or active is None:
+        return _stacked(call, gates)
+    if strategy == "none":
+        return _nothing(call.x_BTD, stack, call.base_BTO)
     if len(active) == 1:
         rows = slice(stack.offsets[active[0]], stack.offsets[active[0] + 1])
-        c = (gates[active[0]] * stack.scaling_E[active[0]].to(gates.dtype)).to(x_BTD.dtype)
-        return lowrank(x_BTD, stack.a_RD[rows], stack.b_RO[rows], c, base_BTO)
-    c = stack.row_coefficients(gates).to(x_BTD.dtype)
-    rows_R = torch.tensor([row for adapter in active for row in range(stack.offsets[adapter], stack.offsets[adapter + 1])])
-    return lowrank(
-        x_BTD, stack.a_RD.index_select(0, rows_R), stack.b_RO.index_select(0, rows_R), c.index_select(0, rows_R), base_BTO
-    )
-
-
-def _sparse(
-    x_BTD: torch.Tensor,
-    stack: LoraStack,
-    gates: torch.Tensor,
-    indices: torch.Tensor,
-    base_BTO: torch.Tensor | None,
-    forced: str | None,
-) -> torch.Tensor:
-    strategy = forced or choose_sparse(x_BTD, stack, gates)
-    if strategy == "scatter":
-        c = stack.row_coefficients(scatter(gates, indices, stack.num_adapters)).to(x_BTD.dtype)
-        return lowrank(x_BTD, stack.a_RD, stack.b_RO, c, base_BTO)
-    if strategy == "pairs":
-        return _pairs(x_BTD, stack, gates, indices, base_BTO)
-    if gates.dim() == 3 and gates.shape[1] != 1:
-        batch, tokens, chosen = gates.shape
-        flat_base = None if base_BTO is None else base_BTO.reshape(batch * tokens, 1, -1)
-        flat_x, flat = x_BTD.reshape(batch * tokens, 1, -1), (batch * tokens, 1, chosen)
-        return _sparse(flat_x, stack, gates.reshape(flat), indices.reshape(flat), flat_base, "gather").view(
-            batch, tokens, -1
+        number = gates[active[0]].item() * stack.scaling_E[active[0]].item()
+        return lowrank(
+            call.x_BTD, stack.a_RD[rows], stack.b_RO[rows], number, call.base_BTO, reuse_base=call.reuse_base
         )
-    lead = indices.shape[:-2]  # () for one list of gates, (B,) for one per row
+    rows_R = torch.cat([torch.arange(stack.offsets[adapter], stack.offsets[adapter + 1]) for adapter in active])
+    a, b = stack.a_RD.index_select(0, rows_R), stack.b_RO.index_select(0, rows_R)
+    c = stack.row_coefficients(gates).index_select(0, rows_R).to(call.x_BTD.dtype)
+    return lowrank(call.x_BTD, a, b, c, call.base_BTO, reuse_base=call.reuse_base)
+
+
+def _stacked(call: _Call, gates: torch.Tensor) -> torch.Tensor:
+    """One product with all rows, dense gates as coefficients."""
+    stack = call.stack
+    c = stack.row_coefficients(gates).to(call.x_BTD.dtype)
+    return lowrank(call.x_BTD, stack.a_RD, stack.b_RO, c, call.base_BTO, reuse_base=call.reuse_base)
+
+
+def _sparse(call: _Call, indices: torch.Tensor, strategy: Strategy | None) -> torch.Tensor:
+    strategy = strategy or choose_sparse(call.stack, call.gates)
+    if strategy == "scatter":
+        return _stacked(call, scatter(call.gates, indices, call.stack.num_adapters))
+    if strategy == "pairs":
+        return _pairs(call, indices)
+    if call.gates.dim() == 1 or call.gates.shape[1] == 1:
+        return _gather(call, indices)
+    batch, tokens, chosen = call.gates.shape
+    flat = _Call(
+        call.x_BTD.reshape(batch * tokens, 1, -1),
+        call.stack,
+        call.gates.reshape(batch * tokens, 1, chosen),
+        None,
+        None if call.base_BTO is None else call.base_BTO.reshape(batch * tokens, 1, -1),
+        reuse_base=False,
+    )
+    return _gather(flat, indices.reshape(batch * tokens, 1, chosen)).view(batch, tokens, -1)
+
+
+def _gather(call: _Call, indices: torch.Tensor) -> torch.Tensor:
+    """Gather the chosen adapters' rows: once for gates ``(K,)``, per batch row for ``(B, 1, K)``."""
+    stack = call.stack
     line = torch.where(indices < 0, stack.num_adapters, indices)
-    rows, valid = stack.row_table_Er[line], stack.row_valid_Er[line]
-    flat_rows = rows.shape[-2] * rows.shape[-1]
-    unused = ~valid.reshape(*lead, flat_rows, 1)
-    a = stack.a_RD.index_select(0, rows.reshape(-1)).view(*lead, flat_rows, -1).masked_fill(unused, 0.0)
-    b = stack.b_RO.index_select(0, rows.reshape(-1)).view(*lead, flat_rows, -1).masked_fill(unused, 0.0)
-    scaled = gates * stack.scaling_E.to(gates.dtype)[indices.clamp(min=0)]
-    c = torch.where(valid, scaled[..., None], 0.0).flatten(-2).to(x_BTD.dtype)
-    return lowrank(x_BTD, a, b, c, base_BTO)
+    line = line.squeeze(1) if line.dim() == 3 else line
+    rows = stack.row_table_Er[line].flatten(-2)
+    valid = stack.row_valid_Er[line].flatten(-2)
+    a = stack.a_RD.index_select(0, rows.reshape(-1)).view(*rows.shape, -1).masked_fill(~valid[..., None], 0.0)
+    b = stack.b_RO.index_select(0, rows.reshape(-1)).view(*rows.shape, -1).masked_fill(~valid[..., None], 0.0)
+    scaled = call.gates * stack.scaling_E.to(call.gates.dtype)[indices.clamp(min=0)]
+    c = scaled.repeat_interleave(stack.max_rank, dim=-1).to(call.x_BTD.dtype)
+    c = torch.where(valid if c.dim() == 1 else valid[:, None], c, 0.0)
+    return lowrank(call.x_BTD, a, b, c, call.base_BTO, reuse_base=call.reuse_base)
 
 
-def _pairs(
-    x_BTD: torch.Tensor,
-    stack: LoraStack,
-    gates: torch.Tensor,
-    indices: torch.Tensor,
-    base_BTO: torch.Tensor | None,
-) -> torch.Tensor:
+def _pairs(call: _Call, indices: torch.Tensor) -> torch.Tensor:
     """Sort (token, adapter) pairs by adapter; two products per adapter; sort back and add up the pairs of a token."""
-    chosen = gates.shape[-1]
+    x_BTD, stack, chosen = call.x_BTD, call.stack, call.gates.shape[-1]
     sorted_ids, order = indices.reshape(-1).sort(stable=True)
     values, counts = sorted_ids.unique_consecutive(return_counts=True)
-    token = order // chosen
-    sorted_x = x_BTD.reshape(-1, x_BTD.shape[-1]).index_select(0, token)
-    scaled = gates * stack.scaling_E.to(gates.dtype)[indices.clamp(min=0)]
+    sorted_x = x_BTD.reshape(-1, x_BTD.shape[-1]).index_select(0, order // chosen)
+    scaled = call.gates * stack.scaling_E.to(call.gates.dtype)[indices.clamp(min=0)]
     sorted_c = scaled.reshape(-1).index_select(0, order).to(x_BTD.dtype)
     parts, start = [], 0
     for adapter, count in zip(values.tolist(), counts.tolist(), strict=True):
@@ -160,8 +181,11 @@ def _pairs(
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     delta = torch.cat(parts).index_select(0, inverse).view(*x_BTD.shape[:2], chosen, -1).sum(2)
-    return delta if base_BTO is None else base_BTO + delta
+    return delta if call.base_BTO is None else call.base_BTO + delta
 
 
-def _three_dim(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dim() == 3 else tensor.unsqueeze(1)
+def _nothing(x_BTD: torch.Tensor, stack: LoraStack, base_BTO: torch.Tensor | None) -> torch.Tensor:
+    """No adapter acts: a copy of base, or zeros."""
+    if base_BTO is not None:
+        return base_BTO.clone()
+    return x_BTD.new_zeros(*x_BTD.shape[:2], stack.b_RO.shape[1])

@@ -30,8 +30,9 @@ def mixture_lora(
     base: torch.Tensor | None = None,
     combine: Combine = "outputs",
     backend: str = "auto",
+    reuse_base: bool = False,
 ) -> torch.Tensor:
-    """Return ``base`` plus a gated mixture of adapters, as a new tensor.
+    """Return ``base`` plus a gated mixture of adapters.
 
     ``"outputs"``: ``y = base + Σ_e g_e s_e B_e A_e x``. ``"parameters"``: ``y = base + (Σ_e g_e σ_e √|s_e| B_e)(Σ_e g_e √|s_e| A_e) x``
     with ``σ_e`` the sign of ``s_e`` and ranks padded with zero rows to the largest; with equal scalings it is LoRAHub's
@@ -45,9 +46,11 @@ def mixture_lora(
         gates: ``(E,)``, ``(B, E)`` or, with ``x (B, T, D)``, ``(B, T, E)``; any float dtype, any sign.
         indices: int64 of the same shape as ``gates``, whose last dimension is then ``K``: the adapters the gates belong to. An
             adapter named twice counts twice; -1 contributes nothing.
-        base: ``(B, O)`` or ``(B, T, O)``; never written to. None: the mixture alone.
+        base: ``(B, O)`` or ``(B, T, O)``, the frozen layer's output. None: the mixture alone.
         combine: What is summed; two different functions, so never guessed.
         backend: ``"auto"``, ``"cpu"`` (fast torch code, any device) or ``"reference"``.
+        reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that own it.
+            By default ``base`` is never written to and the result is new memory.
 
     Raises:
         IncompatibleError: Shapes, dtypes or devices do not fit, or an index is out of range (checked on CPU tensors while
@@ -63,7 +66,7 @@ def mixture_lora(
     check_operands("mixture_lora", x, stack, base)
     _check_gates(x, stack, gates, indices)
     module = resolve_backend("mixture_lora", backend, BACKENDS, x, stack)
-    return module.forward(x, stack, gates, indices, base=base, combine=combine)
+    return module.forward(x, stack, gates, indices, base=base, combine=combine, reuse_base=reuse_base)
 
 
 def _check_gates(x: torch.Tensor, stack: LoraStack, gates: torch.Tensor, indices: torch.Tensor | None) -> None:

@@ -12,14 +12,19 @@ from compose.kernels.stack import LoraStack
 
 
 def forward(
-    x_BTD: torch.Tensor, stack: LoraStack, gates: torch.Tensor, base_BTO: torch.Tensor | None
+    x_BTD: torch.Tensor,
+    stack: LoraStack,
+    gates: torch.Tensor,
+    base_BTO: torch.Tensor | None,
+    *,
+    reuse_base: bool = False,
 ) -> torch.Tensor:
     """``gates`` are ``(E,)``, ``(B, 1, E)`` or ``(B, T, E)``."""
     if gates.dim() == 3 and (gates.shape[1] != 1 or x_BTD.shape[1] == 1):
-        return _contractions(x_BTD, stack, gates, base_BTO)
+        return _contractions(x_BTD, stack, gates, base_BTO, reuse_base)
     gates_a, gates_b = _signed_roots(stack, gates if gates.dim() == 1 else gates.squeeze(1), x_BTD.dtype)
     a, b = _factor_sum(gates_a, stack.a_RD, stack), _factor_sum(gates_b, stack.b_RO, stack)
-    return lowrank(x_BTD, a, b, x_BTD.new_ones(1), base_BTO)
+    return lowrank(x_BTD, a, b, 1.0, base_BTO, reuse_base=reuse_base)
 
 
 def _signed_roots(stack: LoraStack, gates: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +47,7 @@ def _factor_sum(gates: torch.Tensor, factor: torch.Tensor, stack: LoraStack) -> 
 
 
 def _contractions(
-    x_BTD: torch.Tensor, stack: LoraStack, gates: torch.Tensor, base_BTO: torch.Tensor | None
+    x_BTD: torch.Tensor, stack: LoraStack, gates: torch.Tensor, base_BTO: torch.Tensor | None, reuse_base: bool
 ) -> torch.Tensor:
     """Per token: ``h = Σ_e g_e √|s_e| A_e x`` from one stacked product, then ``Σ_e g_e … B_e h`` from another."""
     gates_a, gates_b = _signed_roots(stack, gates, x_BTD.dtype)
@@ -50,4 +55,4 @@ def _contractions(
     c_a = gates_a.index_select(-1, stack.row_adapter_R)
     c_b = gates_b.index_select(-1, stack.row_adapter_R)
     h_BTr = lowrank(x_BTD, stack.a_RD, position_Rr, c_a, None)
-    return lowrank(h_BTr, position_Rr, stack.b_RO, c_b, base_BTO)
+    return lowrank(h_BTr, position_Rr, stack.b_RO, c_b, base_BTO, reuse_base=reuse_base)

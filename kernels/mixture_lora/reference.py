@@ -20,6 +20,7 @@ def forward(
     *,
     base: torch.Tensor | None,
     combine: str,
+    reuse_base: bool = False,  # noqa: ARG001
 ) -> torch.Tensor:
     """Both sums of ``op.mixture_lora``, adapter by adapter, with gates spread to one per token."""
     y = x.new_zeros(*x.shape[:-1], stack.b_RO.shape[1]) if base is None else base + 0.0
