@@ -56,6 +56,16 @@ class PopulationObjective:
         self._by_length = sorted(range(len(self._examples)), key=lambda index: (self._examples[index].length, index))
 
     @property
+    def example_weights(self) -> np.ndarray:
+        """``(S,)``: every example counts the same."""
+        return np.ones(self.num_examples)
+
+    @property
+    def differentiable(self) -> bool:
+        """Gradients are exact."""
+        return True
+
+    @property
     def num_examples(self) -> int:
         """``S``."""
         return len(self._examples)
@@ -83,7 +93,7 @@ class PopulationObjective:
         """
         population = torch.from_numpy(np.ascontiguousarray(weights))
         if example_weights is None:
-            example_weights = np.full((len(weights), self.num_examples), 1.0 / self.num_examples)
+            example_weights = np.tile(self.example_weights / self.num_examples, (len(weights), 1))
         losses = np.empty((len(weights), self.num_examples))
         gradients = np.zeros_like(weights) if gradient else None
         for candidates, examples in self._chunks(len(weights)):
