@@ -1,0 +1,324 @@
+"""The `auto` search: screen the single adapters, then pairs, descend from the best of them, then refine per layer.
+
+Every stage is run for all examples and for every fold at once, and the folds choose their own singles, pairs and
+descents, so the validated losses are honest about the selection too. On the demo and in spec studies, descent from 0
+alone gets lost, while {0, best single, best pair} with the lowest kept does not; layer-wise weights pay on
+compositions of skills.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from compose.errors import IncompatibleError
+from compose.search.fit import Fit, Lane, Point, make_lanes, run_lanes, validated_losses
+from compose.search.guard import Candidate, Guard, Kind, make_folds
+from compose.search.strategies.cma import Cma
+from compose.search.strategies.gradient import Gradient
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from compose.search.evaluator import Evaluator
+    from compose.search.space import Space
+    from compose.search.strategy import Strategy
+
+logger = logging.getLogger(__name__)
+
+FEWEST_STEPS = 10
+"""Folds are given up until at least so many descent steps can be paid for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """Options of the staged search.
+
+    Attributes:
+        descent: Runs the scalar and layer-wise stages when the objective has gradients.
+        without_gradient: Runs them when it has none.
+        pair_pool: Pairs are formed of so many best singles; 0 or 1 skips pairs.
+        pair_weights: Both adapters of a pair get each of these weights in turn.
+        layerwise: Whether to run the last stage (only with more than one layer group).
+    """
+
+    descent: Gradient = field(default_factory=lambda: Gradient(race=5))
+    without_gradient: Cma = field(default_factory=lambda: Cma(sigma0=0.25))
+    pair_pool: int = 4
+    pair_weights: tuple[float, ...] = (0.5, 1.0)
+    layerwise: bool = True
+
+
+class Stage(NamedTuple):
+    """What one stage did.
+
+    Attributes:
+        name: base, singles, pairs, scalar, layerwise, or the strategy's name.
+        value: Best penalised value on all examples within the stage (of its recommendation, for a fit).
+        validated: Cross-validated mean loss of its recommendation, None without folds.
+        evaluations: Candidates evaluated in it.
+        cost: Forward-equivalents spent in it.
+        note: What ran, in words.
+    """
+
+    name: str
+    value: float
+    validated: float | None
+    evaluations: int
+    cost: float
+    note: str
+
+
+class Staged:
+    """Runs stages on one evaluator and keeps their candidates, lane by lane.
+
+    Attributes:
+        candidates: In order of complexity.
+        stages: In order of running.
+    """
+
+    def __init__(self, evaluator: Evaluator, space: Space, guard: Guard, num_folds: int, seed: int) -> None:
+        self._evaluator = evaluator
+        self._space = space
+        self._guard = guard
+        self._seed = seed
+        self._lanes = make_lanes(evaluator.example_weights, make_folds(evaluator.example_weights, num_folds, seed))
+        self._mark = (evaluator.evaluations, evaluator.cost)
+        self.candidates: list[Candidate] = []
+        self.stages: list[Stage] = []
+
+    @property
+    def num_lanes(self) -> int:
+        """All examples, and the folds."""
+        return len(self._lanes)
+
+    def base(self) -> list[Point]:
+        """Evaluate w = 0."""
+        self._begin("base")
+        points = self._select(np.zeros((1, self._space.dimension)))
+        self.enter("base", points)
+        self._end("base", points, "no adapters")
+        return points
+
+    def singles(self) -> tuple[list[Point], np.ndarray]:
+        """Evaluate every adapter alone; also return the rows evaluated (fewer than N when the budget is short)."""
+        self._begin("singles")
+        count = min(self._space.num_adapters, self._evaluator.affordable(gradient=False))
+        rows = (
+            np.stack([self._space.one_hot([n]) for n in range(count)]) if count else self._space.one_hot([])[None, :]
+        )
+        if count < self._space.num_adapters:
+            logger.warning("the budget pays for %d of %d single adapters", count, self._space.num_adapters)
+        points = self._select(rows)
+        if count:
+            self.enter("single", points)
+        self._end("singles", points, f"{count} adapters alone")
+        return points, rows
+
+    def pairs(self, singles: np.ndarray, pool: int, pair_weights: tuple[float, ...]) -> list[Point] | None:
+        """Evaluate pairs of each lane's ``pool`` best singles, as far as the budget goes; None when there are none."""
+        self._begin("pairs")
+        per_lane = [self._pair_rows(lane, singles, pool, pair_weights) for lane in self._lanes]
+        rows = list(dict.fromkeys(itertools.chain.from_iterable(per_lane)))
+        rows = rows[: self._evaluator.affordable(gradient=False)]
+        if not rows:
+            return None
+        known = dict(zip(rows, self._evaluator.losses(np.array(rows)), strict=True))
+        points = []
+        for lane, wanted in zip(self._lanes, per_lane, strict=True):
+            own = [row for row in wanted if row in known]
+            if not own:
+                return None
+            points.append(self._best(lane, np.array(own), np.stack([known[row] for row in own])))
+        self._end("pairs", points, f"{len(rows)} pairs of the best singles")
+        return points
+
+    def fit(
+        self,
+        kind: Kind,
+        strategy: Strategy,
+        starts: list[np.ndarray] | None,
+        *,
+        evaluations: int = 1000,
+        cost_limit: float = np.inf,
+    ) -> list[Point] | None:
+        """Run a strategy in every lane.
+
+        Args:
+            kind: "scalar" searches one coefficient per adapter, "layerwise" all D.
+            strategy: The strategy.
+            starts: Per lane ``(M, D of kind)``, or None for the strategy's own.
+            evaluations: Told to the strategy as what it may expect.
+            cost_limit: Total cost not to exceed.
+
+        Returns:
+            The recommendation of every lane, or None when nothing could be paid for.
+        """
+        self._begin(kind)
+        fitted = self._space.scalar() if kind == "scalar" else self._space
+        lanes = [lane.fresh() for lane in self._lanes]
+        given: Sequence[np.ndarray | None] = starts if starts is not None else [None] * len(lanes)
+        states = [strategy.start(fitted, seed=self._seed, evaluations=evaluations, starts=start) for start in given]
+        if states[0].needs_gradient and not self._evaluator.differentiable:
+            raise IncompatibleError(
+                "this objective has no gradients; choose a strategy without them (cma, cobyla, greedy, random)"
+            )
+        fit = run_lanes(self._evaluator, self._space, fitted, lanes, states, self._guard, cost_limit)
+        if fit is None:
+            return None
+        self._end(kind, fit.points, _fit_note(strategy, fit, len(lanes) - 1))
+        return fit.points
+
+    def shrink(self, name: str, simple: list[Point], fitted: list[Point]) -> list[Point]:
+        """Return each lane's point on the line from simple to fitted, at the one position that validates best.
+
+        Ties go to the position nearest the simple one. Without folds, or beyond the budget, returns ``fitted``.
+        """
+        positions = self._guard.shrink
+        if len(self._lanes) == 1 or not positions:
+            return fitted
+        self._begin(name)
+        rows = np.stack(
+            [a.weights + t * (b.weights - a.weights) for t in positions for a, b in zip(simple, fitted, strict=True)]
+        )
+        if self._evaluator.unpaid(rows, gradient=False) > self._evaluator.affordable(gradient=False):
+            return fitted
+        losses = self._evaluator.losses(rows)
+        options = [
+            [
+                self._best(lane, rows[i : i + 1], losses[i : i + 1])
+                for i, lane in enumerate(self._lanes, start=number * len(self._lanes))
+            ]
+            for number in range(len(positions))
+        ]
+        options.append(fitted)
+        scores = [self._validated(points) for points in options]
+        chosen = int(np.argmin(scores))
+        position = [*positions, 1.0][chosen]
+        self._end(name, options[chosen], f"kept {position:g} of the way from the simpler weights")
+        return options[chosen]
+
+    def enter(self, kind: Kind, points: list[Point]) -> None:
+        """Make a stage's recommendation a candidate of the final choice."""
+        whole = points[0]
+        value = float(self._evaluator.values(whole.weights[None, :], whole.losses[None, :])[0])
+        validated = validated_losses(points, self._lanes)
+        self.candidates.append(Candidate(kind, whole.weights, whole.losses, value, validated))
+
+    def _select(self, rows: np.ndarray) -> list[Point]:
+        losses = self._evaluator.losses(rows)
+        return [self._best(lane, rows, losses) for lane in self._lanes]
+
+    def _best(self, lane: Lane, rows: np.ndarray, losses: np.ndarray) -> Point:
+        values = losses @ lane.example_weights + self._space.penalty(rows)
+        best = int(np.argmin(values))
+        return Point(rows[best], losses[best], float(values[best]))
+
+    def _pair_rows(
+        self, lane: Lane, singles: np.ndarray, pool: int, pair_weights: tuple[float, ...]
+    ) -> list[tuple[float, ...]]:
+        values = self._evaluator.losses(singles) @ lane.example_weights + self._space.penalty(singles)
+        best = np.argsort(values, kind="stable")[:pool].tolist()
+        pairs = [sorted(pair) for pair in itertools.combinations(best, 2)]
+        return [tuple(self._space.one_hot(pair, weight).tolist()) for pair in pairs for weight in pair_weights]
+
+    def _validated(self, points: list[Point]) -> float:
+        losses = validated_losses(points, self._lanes)
+        return 0.0 if losses is None else float(self._evaluator.example_weights @ losses)
+
+    def _begin(self, name: str) -> None:
+        self._evaluator.stage = name
+        self._mark = (self._evaluator.evaluations, self._evaluator.cost)
+
+    def _end(self, name: str, points: list[Point], note: str) -> None:
+        evaluations, cost = self._mark
+        validated = None if len(self._lanes) == 1 else self._validated(points)
+        spent = self._evaluator.evaluations - evaluations, self._evaluator.cost - cost
+        self.stages.append(Stage(name, points[0].value, validated, *spent, note))
+
+
+def run_auto(evaluator: Evaluator, space: Space, options: Auto, guard: Guard, seed: int) -> Staged:
+    """Run all stages the budget allows; the candidates are in the result, nothing is chosen yet.
+
+    A single example cannot be validated, so nothing beyond the best single is fitted to it (unless the guard is off).
+    """
+    num_folds = _affordable_folds(evaluator, space, options, guard)
+    staged = Staged(evaluator, space, guard, num_folds, seed)
+    base = staged.base()
+    if evaluator.affordable(gradient=False) == 0:
+        return staged
+    single, rows = staged.singles()
+    screened = [base, single]
+    if staged.num_lanes == 1 and guard.max_folds > 0:
+        logger.warning("one example cannot be validated; only the base and the single adapters are considered")
+        return staged
+    pair = staged.pairs(rows, options.pair_pool, options.pair_weights)
+    screened += [] if pair is None else [pair]
+    layerwise = options.layerwise and space.num_groups > 1
+    scalar = _scalar(evaluator, space, staged, options, screened, 0.5 if layerwise else 1.0)
+    if layerwise:
+        _layerwise(evaluator, staged, options, scalar)
+    return staged
+
+
+def _scalar(
+    evaluator: Evaluator, space: Space, staged: Staged, options: Auto, screened: list[list[Point]], share: float
+) -> list[Point]:
+    """Descend from {0, best single, best pair} of each lane; without gradients, search around the lowest of them."""
+    gradient = evaluator.differentiable
+    limit = evaluator.cost + share * evaluator.affordable(gradient) * evaluator.rate(gradient)
+    lanes = list(zip(*screened, strict=True))
+    if gradient:
+        starts = [np.stack([point.weights[: space.num_adapters] for point in points]) for points in lanes]
+    else:
+        lowest = [min(points, key=lambda point: point.value) for points in lanes]
+        starts = [point.weights[None, : space.num_adapters] for point in lowest]
+    single = screened[1]
+    evaluations = max(1, evaluator.affordable(gradient, limit) // staged.num_lanes)
+    strategy: Strategy = options.descent if gradient else options.without_gradient
+    fitted = staged.fit("scalar", strategy, starts, evaluations=evaluations, cost_limit=limit)
+    if fitted is not None:
+        fitted = staged.shrink("shrink", single, fitted)
+    elif len(screened) > 2:
+        fitted = [min(a, b, key=lambda point: point.value) for a, b in zip(single, screened[2], strict=True)]
+    if fitted is None:
+        return single
+    staged.enter("scalar", fitted)
+    return fitted
+
+
+def _layerwise(evaluator: Evaluator, staged: Staged, options: Auto, scalar: list[Point]) -> None:
+    gradient = evaluator.differentiable
+    strategy: Strategy = replace(options.descent, race=0) if gradient else options.without_gradient
+    evaluations = max(1, evaluator.affordable(gradient) // staged.num_lanes)
+    starts = [point.weights[None, :] for point in scalar]
+    fitted = staged.fit("layerwise", strategy, starts, evaluations=evaluations)
+    if fitted is not None:
+        staged.enter("layerwise", staged.shrink("shrink", scalar, fitted))
+
+
+def _affordable_folds(evaluator: Evaluator, space: Space, options: Auto, guard: Guard) -> int:
+    """Return the largest number of folds that leaves `FEWEST_STEPS` raced descent steps; at least 2 unless off.
+
+    The answer is an estimate before anything has run; stages stop at the budget whatever it says.
+    """
+    if guard.max_folds == 0 or not evaluator.differentiable:
+        return guard.max_folds
+    pairs = options.pair_pool * (options.pair_pool - 1) // 2 * len(options.pair_weights)
+    left = evaluator.affordable(gradient=True) - (1 + space.num_adapters + 2 * pairs) / evaluator.rate(gradient=True)
+    stages = 2 if options.layerwise and space.num_groups > 1 else 1
+    rows = FEWEST_STEPS + 2 * min(options.descent.race, FEWEST_STEPS)
+    affordable = int(left / stages / rows) - 1
+    return min(guard.max_folds, max(2, affordable))
+
+
+def _fit_note(strategy: Strategy, fit: Fit, num_folds: int) -> str:
+    name = type(strategy).__name__.lower()
+    if isinstance(strategy, Gradient):
+        name = f"gradient ({strategy.method})"
+    folds = f", {num_folds} folds" if num_folds else ""
+    return f"{name}, {fit.steps} steps, kept step {fit.chosen_step + 1}{folds}"
