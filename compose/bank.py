@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -54,7 +55,9 @@ class Bank:
         (('x',), (2,))
     """
 
-    def __init__(self, entries: Sequence[Entry], *, base: str | None = None, problems: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], *, base: str | None = None, problems: Mapping[str, str] | None = None
+    ) -> None:
         self._entries = {entry.name: entry for entry in entries}
         if len(self._entries) != len(entries):
             names = [entry.name for entry in entries]
@@ -93,7 +96,9 @@ class Bank:
         given = [folder] if isinstance(folder, str | Path) else list(folder)
         folders = [found for item in given for found in discover(Path(item))]
         if names is not None and len(names) != len(folders):
-            raise IncompatibleError(f"{len(names)} names for {len(folders)} adapters; give one name per adapter, in order")
+            raise IncompatibleError(
+                f"{len(names)} names for {len(folders)} adapters; give one name per adapter, in order"
+            )
         entries: list[Entry] = []
         problems: dict[str, str] = {}
         for position, found in enumerate(folders):
@@ -192,12 +197,12 @@ class Bank:
         """
         if target not in self.targets:
             close = difflib.get_close_matches(target, self.targets, n=1)
-            raise UnknownNameError(f"no adapter of the bank has target {target!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise UnknownNameError(
+                f"no adapter of the bank has target {target!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
         return self.stacks()[target]
 
-    def stacks(
-        self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-    ) -> dict[str, LoraStack]:
+    def stacks(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> dict[str, LoraStack]:
         """Return every target's stack; each has ``len(bank)`` entries in ``ranks``, 0 where an adapter misses the target.
 
         Loaded once per (dtype, device) and cached; do not write into the tensors. The first call reads every file once
@@ -214,10 +219,19 @@ class Bank:
         with self._lock:
             if key not in self._stacks:
                 exact = self._exact_stacks()
-                self._stacks[key] = self._build(*key) if exact is None else {
-                    target: LoraStack(stack.a_RD.to(key[1], key[0]), stack.b_RO.to(key[1], key[0]), stack.scaling_E.to(key[1]), stack.ranks)
-                    for target, stack in exact.items()
-                }
+                self._stacks[key] = (
+                    self._build(*key)
+                    if exact is None
+                    else {
+                        target: LoraStack(
+                            stack.a_RD.to(key[1], key[0]),
+                            stack.b_RO.to(key[1], key[0]),
+                            stack.scaling_E.to(key[1]),
+                            stack.ranks,
+                        )
+                        for target, stack in exact.items()
+                    }
+                )
             return dict(self._stacks[key])
 
     @property
@@ -237,6 +251,15 @@ class Bank:
         """
         return {name: entry.sha256() for name, entry in self._entries.items()}
 
+    @cached_property
+    def _starts(self) -> dict[str, tuple[int, ...]]:
+        """First row of every adapter in every target's stack."""
+        shapes = [entry.shapes for entry in self._entries.values()]
+        return {
+            target: (0, *accumulate(one[target].rank if target in one else 0 for one in shapes))
+            for target in self.targets
+        }
+
     def _exact_stacks(self) -> dict[str, LoraStack] | None:
         """Return cached stacks that hold every value exactly: the common dtype or float64, on the CPU if possible."""
         wide = self.dtype
@@ -249,7 +272,7 @@ class Bank:
         views = {}
         for target, shape in self._entries[self.names[index]].shapes.items():
             stack = stacks[target]
-            start = stack.offsets[index]
+            start = self._starts[target][index]
             rows = slice(start, start + shape.rank)
             a, b = stack.a_RD[rows].to(shape.dtype), stack.b_RO[rows].T.to(shape.dtype)
             views[target] = LowRank(a, b, shape.scaling, shape.kind)
@@ -268,7 +291,6 @@ class Bank:
         """Allocate one stack per target and fill it adapter by adapter; each file is read once and dropped."""
         entries = list(self._entries.values())
         stacks: dict[str, LoraStack] = {}
-        starts: dict[str, tuple[int, ...]] = {}
         for target, shape in self.targets.items():
             present = [entry.shapes.get(target) for entry in entries]
             ranks = tuple(0 if one is None else one.rank for one in present)
@@ -280,7 +302,6 @@ class Bank:
                 scaling,
                 ranks,
             )
-            starts[target] = (0, *accumulate(ranks))
         problems: dict[str, str] = {}
         for index, name in enumerate(self.names):
             try:
@@ -289,7 +310,7 @@ class Bank:
                 problems[name] = str(error)
                 continue
             for target, update in factors.items():
-                rows_of_one = slice(starts[target][index], starts[target][index + 1])
+                rows_of_one = slice(self._starts[target][index], self._starts[target][index] + update.rank)
                 stacks[target].a_RD[rows_of_one].copy_(update.a.detach())
                 stacks[target].b_RO[rows_of_one].copy_(update.b.detach().T)
         _raise_problems(problems, len(self))

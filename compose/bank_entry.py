@@ -5,25 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import torch
-
-from compose.adapter import Adapter, LowRank, Source, TargetKind
+from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError
 from compose.formats import FORMATS
-from compose.formats.header import AdapterFormat, AdapterHeader
-
-
-class EntryShape(NamedTuple):
-    """One target of one adapter."""
-
-    kind: TargetKind
-    rank: int
-    in_features: int
-    out_features: int
-    scaling: float
-    dtype: torch.dtype
+from compose.formats.header import AdapterFormat, AdapterHeader, TargetHeader
 
 
 class Entry(Protocol):
@@ -31,7 +18,7 @@ class Entry(Protocol):
 
     name: str
     base: str
-    shapes: Mapping[str, EntryShape]
+    shapes: Mapping[str, TargetHeader]
 
     def resident(self) -> Adapter | None:
         """Return the adapter when it needs no reading."""
@@ -56,8 +43,17 @@ class MemoryEntry:
     def __init__(self, adapter: Adapter) -> None:
         self.name = adapter.name
         self.base = adapter.base
-        self.shapes: Mapping[str, EntryShape] = {
-            path: EntryShape(update.kind, update.rank, update.in_features, update.out_features, update.scaling, update.a.dtype)
+        self.shapes: Mapping[str, TargetHeader] = {
+            path: TargetHeader(
+                update.kind,
+                update.rank,
+                update.in_features,
+                update.out_features,
+                update.scaling,
+                update.a.dtype,
+                "",
+                "",
+            )
             for path, update in adapter.targets.items()
         }
         self._adapter = adapter
@@ -88,7 +84,7 @@ class FileEntry:
     def __init__(self, header: AdapterHeader, adapter_format: AdapterFormat) -> None:
         self.name = header.name
         self.base = header.base
-        self.shapes: Mapping[str, EntryShape] = {path: EntryShape(*target[:6]) for path, target in header.targets.items()}
+        self.shapes: Mapping[str, TargetHeader] = header.targets
         self.header = header
         self._format = adapter_format
         self._sha256 = ""

@@ -38,7 +38,9 @@ def format_of(folder: Path) -> AdapterFormat:
     known = ", ".join(FORMATS)
     if not found:
         raise AdapterFormatError(f"{folder}: not an adapter folder (known formats: {known})")
-    raise AdapterFormatError(f"{folder}: more than one format claims this folder: {', '.join(found)}; separate the files")
+    raise AdapterFormatError(
+        f"{folder}: more than one format claims this folder: {', '.join(found)}; separate the files"
+    )
 
 
 def discover(folder: Path, formats: Sequence[str] | None = None) -> list[Path]:
@@ -61,5 +63,7 @@ def discover(folder: Path, formats: Sequence[str] | None = None) -> list[Path]:
     children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     found = [child for child in children if any(FORMATS[name].matches(child) for name in names)]
     if not found:
-        raise AdapterFormatError(f"{folder}: neither an adapter nor a folder of adapters (known formats: {', '.join(names)})")
+        raise AdapterFormatError(
+            f"{folder}: neither an adapter nor a folder of adapters (known formats: {', '.join(names)})"
+        )
     return found

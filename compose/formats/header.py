@@ -129,3 +129,9 @@ def check_name(name: str, where: object) -> str:
 def natural_key(path: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which ``layers.2`` comes before ``layers.10``."""
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _DIGITS.split(path) if part)
+
+
+def join_problems(problems: list[str], limit: int = 8) -> str:
+    """Return the first ``limit`` problems in one line, and how many more there are."""
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + more

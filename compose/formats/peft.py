@@ -9,14 +9,22 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError, ComposeError
 from compose.formats import FORMATS, discover
 from compose.formats import safetensors_file as files
-from compose.formats.header import AdapterHeader, FullTensorHeader, TargetHeader, check_name, natural_key
+from compose.formats.header import (
+    AdapterHeader,
+    FullTensorHeader,
+    TargetHeader,
+    check_name,
+    join_problems,
+    natural_key,
+)
 from compose.formats.peft_config import LoraConfig, check_full_modules, check_targets, is_inside, parse_config
 from compose.formats.peft_keys import Pair, is_embedding_copy, parse_keys
 from compose.formats.peft_refusals import unknown_fields
@@ -52,7 +60,9 @@ def inspect_adapter(folder: str | Path, *, name: str | None = None) -> AdapterHe
         raise AdapterFormatError(f"{config_path}: {error}") from error
     path = _weights_path(folder)
     header = files.read_header(path)
-    targets, full, notes = _resolve(parsed, config, header.tensors, path)
+    targets, full = _resolve_at(path, parsed, header)
+    notes = [f"full weights kept, never composed: {', '.join(full)}"] if full else []
+    notes += [f"unknown configuration field {key!r} kept" for key in unknown_fields(config)]
     return AdapterHeader(
         name=checked_name,
         folder=folder,
@@ -64,13 +74,11 @@ def inspect_adapter(folder: str | Path, *, name: str | None = None) -> AdapterHe
         config_text=data.decode(),
         num_bytes=header.num_bytes,
         fingerprint=header.fingerprint,
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
-def read_adapter(
-    folder: str | Path, *, name: str | None = None, expected: AdapterHeader | None = None
-) -> Adapter:
+def read_adapter(folder: str | Path, *, name: str | None = None, expected: AdapterHeader | None = None) -> Adapter:
     """Read a PEFT LoRA folder whole; every tensor owns its memory and nothing stays mapped to the file.
 
     Args:
@@ -141,7 +149,10 @@ class _Peft:
 
     @staticmethod
     def matches(folder: Path) -> bool:
-        return any((folder / name).exists() or (folder / name).is_symlink() for name in (CONFIG_NAME, WEIGHTS_NAME, LEGACY_NAME))
+        return any(
+            (folder / name).exists() or (folder / name).is_symlink()
+            for name in (CONFIG_NAME, WEIGHTS_NAME, LEGACY_NAME)
+        )
 
     inspect = staticmethod(inspect_adapter)
     read = staticmethod(read_adapter)
@@ -166,14 +177,22 @@ def _weights_path(folder: Path) -> Path:
     return path
 
 
-def _resolve(
-    parsed: LoraConfig, config: Mapping[str, Any], tensors: Mapping[str, files.TensorSpec], where: object
-) -> tuple[dict[str, TargetHeader], dict[str, FullTensorHeader], tuple[str, ...]]:
-    """Bring configuration and tensor names to one table of targets and one of full weights, nothing left over."""
+def _resolve_at(
+    where: object, parsed: LoraConfig, header: files.FileHeader
+) -> tuple[Mapping[str, TargetHeader], Mapping[str, FullTensorHeader]]:
     try:
-        keys = parse_keys(tensors)
+        return _resolve(parsed, header)
     except AdapterFormatError as error:
         raise AdapterFormatError(f"{where}: {error}") from error
+
+
+@lru_cache(maxsize=16)  # the adapters of a bank mostly agree in both; they then share one table
+def _resolve(
+    parsed: LoraConfig, header: files.FileHeader
+) -> tuple[Mapping[str, TargetHeader], Mapping[str, FullTensorHeader]]:
+    """Bring configuration and tensor names to one table of targets and one of full weights, nothing left over."""
+    tensors = header.tensors
+    keys = parse_keys(tensors)
     problems: list[str] = [] if keys.pairs else ["no LoRA tensors"]
     targets: dict[str, TargetHeader] = {}
     for path in sorted(keys.pairs, key=natural_key):
@@ -188,14 +207,13 @@ def _resolve(
         for path, entry in full.items()
         if not is_embedding_copy(path, targets) and not any(is_inside(path, name) for name in parsed.full_modules)
     ]
-    if config.get("ensure_weight_tying") and (full or any(target.kind == "embedding" for target in targets.values())):
-        problems.append("ensure_weight_tying is set on an adapted embedding: the update is shared by two modules; untie it")
+    if parsed.tied and (full or any(target.kind == "embedding" for target in targets.values())):
+        problems.append(
+            "ensure_weight_tying is set on an adapted embedding: the update is shared by two modules; untie it"
+        )
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise AdapterFormatError(f"{where}: {shown}")
-    notes = [f"full weights kept, never composed: {', '.join(full)}"] if full else []
-    notes += [f"unknown configuration field {key!r} kept" for key in unknown_fields(config)]
-    return targets, full, tuple(notes)
+        raise AdapterFormatError(join_problems(problems))
+    return MappingProxyType(targets), MappingProxyType(full)
 
 
 def _target(parsed: LoraConfig, path: str, pair: Pair, tensors: Mapping[str, files.TensorSpec]) -> TargetHeader:
@@ -206,7 +224,9 @@ def _target(parsed: LoraConfig, path: str, pair: Pair, tensors: Mapping[str, fil
             "supported, not convolutions"
         )
     if a.shape[0] != b.shape[1]:
-        raise AdapterFormatError(f"target {path}: A {a.shape} and B {b.shape} differ in rank; A is (rank, in), B (out, rank)")
+        raise AdapterFormatError(
+            f"target {path}: A {a.shape} and B {b.shape} differ in rank; A is (rank, in), B (out, rank)"
+        )
     if a.dtype != b.dtype:
         raise AdapterFormatError(f"target {path}: A is {a.dtype} and B {b.dtype}; save both in one dtype")
     rank = a.shape[0]
@@ -218,9 +238,13 @@ def _check_writable(adapter: Adapter) -> None:
         raise AdapterFormatError(f"adapter {adapter.name!r} has no targets; there is nothing to write")
     for path, update in adapter.targets.items():
         if update.rank == 0:
-            raise AdapterFormatError(f"adapter {adapter.name!r}, target {path}: rank 0 has no PEFT form; leave the target out")
+            raise AdapterFormatError(
+                f"adapter {adapter.name!r}, target {path}: rank 0 has no PEFT form; leave the target out"
+            )
         if not math.isfinite(update.scaling):
-            raise AdapterFormatError(f"adapter {adapter.name!r}, target {path}: scaling {update.scaling} is not finite")
+            raise AdapterFormatError(
+                f"adapter {adapter.name!r}, target {path}: scaling {update.scaling} is not finite"
+            )
         if update.a.dtype not in files.DTYPES.values() or update.b.dtype != update.a.dtype:
             raise AdapterFormatError(
                 f"adapter {adapter.name!r}, target {path}: dtypes {update.a.dtype} and {update.b.dtype}; both factors must "
@@ -235,7 +259,7 @@ def _check_round_trip(adapter: Adapter, weights: bytes, config: bytes) -> None:
     where = Path(f"adapter {adapter.name!r} as PEFT files")
     try:
         fields = parse_object(config, where)
-        targets, full, _ = _resolve(parse_config(fields), fields, files.parse_header(weights, where).tensors, where)
+        targets, full = _resolve(parse_config(fields), files.parse_header(weights, where))
     except ComposeError as error:
         raise AdapterFormatError(f"adapter {adapter.name!r} cannot be written as PEFT files: {error}") from error
     wrong = [

@@ -70,6 +70,7 @@ class LoraConfig:
         layer_names: ``layers_pattern``.
         full_modules: ``modules_to_save``.
         sequence_classifier: PEFT added the usual heads' names to ``modules_to_save``, present or not.
+        tied: ``ensure_weight_tying``.
     """
 
     base: str
@@ -84,6 +85,7 @@ class LoraConfig:
     layer_names: tuple[str, ...]
     full_modules: tuple[str, ...]
     sequence_classifier: bool
+    tied: bool
 
     def scaling(self, path: str, rank: int) -> float:
         """Return the scaling PEFT applies to the target ``path`` whose tensors have ``rank``.
@@ -131,6 +133,7 @@ def parse_config(config: Mapping[str, Any]) -> LoraConfig:
         layer_names=fields.names("layers_pattern"),
         full_modules=fields.names("modules_to_save"),
         sequence_classifier=config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"),
+        tied=fields.flag("ensure_weight_tying"),
     )
     if problems:
         raise AdapterFormatError("; ".join(problems))
@@ -143,7 +146,9 @@ def parse_pattern(key: str) -> Pattern:
     body = key[1:] if anchored else key
     if body.endswith("$") and not body.endswith("\\$"):
         body = body[:-1]
-    letters, wild, escaped = [], set(), False
+    letters: list[str] = []
+    wild: set[int] = set()
+    escaped = False
     for letter in body:
         if escaped:
             if letter.isalnum():  # \d, \w, \1: classes and references

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from compose.adapter import TargetKind
 from compose.errors import AdapterFormatError
+from compose.formats.header import join_problems
 
 EMBEDDING_NAMES = frozenset(
     {"embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "shared", "embed_in", "embed_out", "tok_embeddings"}
@@ -28,7 +29,10 @@ _FOREIGN = {
     "lora_down": ("kohya-style LoRA", "convert it to PEFT's layout (lora_down is lora_A, lora_up is lora_B)"),
     "lora_up": ("kohya-style LoRA", "convert it to PEFT's layout (lora_down is lora_A, lora_up is lora_B)"),
     "lora_mid": ("LoCon/LyCORIS", "convert it with PEFT's convert_to_lora"),
-    "trainable_tokens_delta": ("trainable tokens", "resize the base's embedding and retrain without trainable_token_indices"),
+    "trainable_tokens_delta": (
+        "trainable tokens",
+        "resize the base's embedding and retrain without trainable_token_indices",
+    ),
     "lora_diag": ("KaSA", "retrain as plain LoRA"),
 }
 _FOREIGN_PREFIXES = {
@@ -92,8 +96,7 @@ def parse_keys(names: Iterable[str]) -> ParsedKeys:
         if not (pair.a and pair.b)
     ]
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise AdapterFormatError(shown)
+        raise AdapterFormatError(join_problems(problems))
     return parsed
 
 
@@ -147,7 +150,9 @@ def _foreign(path: str, name: str) -> str | None:
         if known:
             return f"{name} belongs to {known[0]}, which cannot be represented exactly; {known[1]}"
     if segments[-1] == "bias" and any(segment in _FACTORS for segment in segments):
-        return f"{name} is a LoRA bias (lora_bias=true), which cannot be represented exactly; retrain without lora_bias"
+        return (
+            f"{name} is a LoRA bias (lora_bias=true), which cannot be represented exactly; retrain without lora_bias"
+        )
     if any(segment.startswith("lora_") for segment in segments):
         return f"{name} is no known LoRA tensor"
     if "original_module" in segments:

@@ -29,11 +29,41 @@ _MUTATING_INIT = (
 )
 
 KNOWN_FIELDS = frozenset(
-    """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
-    exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights
-    layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core loftq_config eva_config
-    corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying enable_lora merge_weights
-    ephemeral_gpu_offload""".split()
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_config",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "qalora_group_size",
+        "runtime_config",
+        "ensure_weight_tying",
+        "enable_lora",
+        "merge_weights",
+        "ephemeral_gpu_offload",
+    ]
 ) | frozenset(_VARIANTS)
 
 
@@ -48,13 +78,19 @@ def refuse_variants(config: Mapping[str, Any]) -> list[str]:
     problems = [f"{key} is set: {reason}" for key, reason in _VARIANTS.items() if _is_set(config.get(key))]
     bias = config.get("bias", "none")
     if bias not in (None, "none"):
-        problems.append(f"bias {bias!r:.60}: it carries biases of the base model; only 'none' is supported, retrain with it")
+        problems.append(
+            f"bias {bias!r:.60}: it carries biases of the base model; only 'none' is supported, retrain with it"
+        )
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool | None) and not (isinstance(init, str) and init.lower() in _PLAIN_INITS):
         problems.append(f"init_lora_weights {init!r:.60}: {_MUTATING_INIT}")
     if _is_set(config.get("enable_lora")):
-        problems.append("enable_lora is set: fused LoRA of PEFT before 0.3 has grouped factors; convert it with that release")
-    problems += [f"{key} is set: this field is unknown and looks like a variant of LoRA" for key in _unknown_switches(config)]
+        problems.append(
+            "enable_lora is set: fused LoRA of PEFT before 0.3 has grouped factors; convert it with that release"
+        )
+    problems += [
+        f"{key} is set: this field is unknown and looks like a variant of LoRA" for key in _unknown_switches(config)
+    ]
     return problems
 
 
