@@ -1,4 +1,4 @@
-"""PEFT LoRA folders (``adapter_config.json`` + ``adapter_model.safetensors``), read and written without importing peft.
+"""PEFT LoRA folders (``adapter_config.json``, ``adapter_model.safetensors``), read and written without peft.
 
 Everything that is not plain LoRA, every unused tensor and every unmet target is refused by name: loading part of an
 adapter is loading another adapter.
@@ -122,16 +122,22 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
         The absolute path of ``folder``.
 
     Raises:
-        AdapterFormatError: No targets, a rank of 0, values that are not finite, a dtype or a path the format cannot hold.
+        AdapterFormatError: No targets, a rank of 0, values that are not finite, a dtype or a path the format cannot
+            hold.
         DuplicateNameError: ``folder`` exists and ``overwrite`` is false, or it is no adapter folder.
     """
     folder = Path(folder)
     if overwrite and folder.exists() and not (folder / CONFIG_NAME).exists() and any(folder.iterdir()):
         raise AdapterFormatError(f"{folder} exists and is no adapter folder; it is not overwritten")
+    return publish_folder(adapter_files(adapter), folder, overwrite=overwrite)
+
+
+def adapter_files(adapter: Adapter) -> dict[str, bytes]:
+    """Return the files of a PEFT LoRA folder, name -> content, checked as in `write_adapter` but not written."""
     _check_writable(adapter)
     weights, config = weights_bytes(adapter), config_bytes(adapter)
     _check_round_trip(adapter, weights, config)
-    return publish_folder({CONFIG_NAME: config, WEIGHTS_NAME: weights}, folder, overwrite=overwrite)
+    return {CONFIG_NAME: config, WEIGHTS_NAME: weights}
 
 
 def scan(folder: str | Path) -> list[Path]:
@@ -171,8 +177,8 @@ def _weights_path(folder: Path) -> Path:
     path = folder / WEIGHTS_NAME
     if not path.exists() and not path.is_symlink() and (folder / LEGACY_NAME).exists():
         raise AdapterFormatError(
-            f"{folder / LEGACY_NAME}: pickled weights can run code and are not read. Convert them once, where you trust the "
-            "file: load the adapter with peft and save_pretrained(..., safe_serialization=True)"
+            f"{folder / LEGACY_NAME}: pickled weights can run code and are not read. Convert them once, where you "
+            "trust the file: load the adapter with peft and save_pretrained(..., safe_serialization=True)"
         )
     return path
 
@@ -220,8 +226,8 @@ def _target(parsed: LoraConfig, path: str, pair: Pair, tensors: Mapping[str, fil
     a, b = tensors[pair.a], tensors[pair.b]
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise AdapterFormatError(
-            f"target {path}: factors of shapes {a.shape} and {b.shape}; only linear layers and embeddings (2 dimensions) are "
-            "supported, not convolutions"
+            f"target {path}: factors of shapes {a.shape} and {b.shape}; only linear layers and embeddings (2 "
+            "dimensions) are supported, not convolutions"
         )
     if a.shape[0] != b.shape[1]:
         raise AdapterFormatError(
@@ -247,8 +253,8 @@ def _check_writable(adapter: Adapter) -> None:
             )
         if update.a.dtype not in files.DTYPES.values() or update.b.dtype != update.a.dtype:
             raise AdapterFormatError(
-                f"adapter {adapter.name!r}, target {path}: dtypes {update.a.dtype} and {update.b.dtype}; both factors must "
-                f"have one of {', '.join(map(str, files.DTYPES.values()))}"
+                f"adapter {adapter.name!r}, target {path}: dtypes {update.a.dtype} and {update.b.dtype}; both "
+                f"factors must have one of {', '.join(map(str, files.DTYPES.values()))}"
             )
         files.check_finite({"A": update.a, "B": update.b}, f"adapter {adapter.name!r}, target {path}")
     files.check_finite(adapter.full_modules, f"adapter {adapter.name!r}")
@@ -271,6 +277,6 @@ def _check_round_trip(adapter: Adapter, weights: bytes, config: bytes) -> None:
     ]
     if wrong or targets.keys() != adapter.targets.keys() or full.keys() != adapter.full_modules.keys():
         raise AdapterFormatError(
-            f"adapter {adapter.name!r} cannot be written as PEFT files: {', '.join(wrong[:5]) or 'its module paths'} would read "
-            "back differently (a path that starts with a wrapper's prefix, or two that are one)"
+            f"adapter {adapter.name!r} cannot be written as PEFT files: {', '.join(wrong[:5]) or 'its module paths'} "
+            "would read back differently (a path that starts with a wrapper's prefix, or two that are one)"
         )
