@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 
 from compose.adapter import Adapter, LowRank, TargetKind
-from compose.bank_entry import Entry, FileEntry, MemoryEntry
 from compose.errors import AdapterFormatError, DuplicateNameError, IncompatibleError, UnknownNameError
 from compose.formats import discover, format_of
+from compose.formats.entry import Entry, FileEntry, MemoryEntry
 from compose.formats.header import check_name, natural_key
 from compose.kernels.stack import LoraStack
 
@@ -37,8 +37,9 @@ class TargetShape(NamedTuple):
 class Bank:
     """Ordered, named adapters over one base model.
 
-    Opening reads configurations and weight headers only. The first use of `stacks` reads every file once, hashes its bytes
-    and copies the factors into one preallocated stack per target; from then on `bank[name]` gives views of it. Reading is
+    Opening reads configurations and weight headers only. The first use of `stacks` reads every file once, hashes its
+    bytes and copies the factors into one preallocated stack per target; from then on `bank[name]` gives views of it.
+    Reading is
     transactional: an error leaves the bank as it was. Any number of threads may read one bank.
 
     Attributes:
@@ -203,7 +204,7 @@ class Bank:
         return self.stacks()[target]
 
     def stacks(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> dict[str, LoraStack]:
-        """Return every target's stack; each has ``len(bank)`` entries in ``ranks``, 0 where an adapter misses the target.
+        """Return every target's stack, ``len(bank)`` entries in each one's ``ranks``, 0 where an adapter misses it.
 
         Loaded once per (dtype, device) and cached; do not write into the tensors. The first call reads every file once
         straight into the stacks asked for.
@@ -219,19 +220,7 @@ class Bank:
         with self._lock:
             if key not in self._stacks:
                 exact = self._exact_stacks()
-                self._stacks[key] = (
-                    self._build(*key)
-                    if exact is None
-                    else {
-                        target: LoraStack(
-                            stack.a_RD.to(key[1], key[0]),
-                            stack.b_RO.to(key[1], key[0]),
-                            stack.scaling_E.to(key[1]),
-                            stack.ranks,
-                        )
-                        for target, stack in exact.items()
-                    }
-                )
+                self._stacks[key] = self._build(*key) if exact is None else _converted(exact, *key)
             return dict(self._stacks[key])
 
     @property
@@ -245,9 +234,9 @@ class Bank:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """Name -> sha256 of the weight file; files not loaded yet are read for it. In memory: of the file they would make.
+        """Name -> sha256 of the weight file; for adapters in memory, of the file they would make.
 
-        Once recorded, a hash binds: a later read of other bytes is an error.
+        Files not loaded yet are read for it. Once recorded, a hash binds: a later read of other bytes is an error.
         """
         return {name: entry.sha256() for name, entry in self._entries.items()}
 
@@ -263,7 +252,7 @@ class Bank:
     def _exact_stacks(self) -> dict[str, LoraStack] | None:
         """Return cached stacks that hold every value exactly: the common dtype or float64, on the CPU if possible."""
         wide = self.dtype
-        found = [key for key in self._stacks if torch.promote_types(key[0], wide) == key[0]]
+        found = [key for key in list(self._stacks) if torch.promote_types(key[0], wide) == key[0]]
         found.sort(key=lambda key: (key[1].type != "cpu", key[0] != wide))
         return self._stacks[found[0]] if found else None
 
@@ -279,13 +268,15 @@ class Bank:
         return views
 
     def _factors(self, index: int) -> Mapping[str, LowRank]:
-        """Return one adapter's factors from the bank this one was selected from if it is loaded, else from the file."""
+        """Return one adapter's factors: from the bank this one was selected from if loaded, else from its file."""
         name = self.names[index]
         donor = self._donor
-        stacks = None if donor is None else donor._exact_stacks()
-        if donor is None or stacks is None:
-            return self._entries[name].read().targets
-        return donor._views(donor.index(name), stacks)
+        while donor is not None:
+            stacks = donor._exact_stacks()
+            if stacks is not None:
+                return donor._views(donor.index(name), stacks)
+            donor = donor._donor
+        return self._entries[name].read().targets
 
     def _build(self, dtype: torch.dtype, device: torch.device) -> dict[str, LoraStack]:
         """Allocate one stack per target and fill it adapter by adapter; each file is read once and dropped."""
@@ -317,6 +308,15 @@ class Bank:
         return stacks
 
 
+def _converted(stacks: Mapping[str, LoraStack], dtype: torch.dtype, device: torch.device) -> dict[str, LoraStack]:
+    return {
+        target: LoraStack(
+            stack.a_RD.to(device, dtype), stack.b_RO.to(device, dtype), stack.scaling_E.to(device), stack.ranks
+        )
+        for target, stack in stacks.items()
+    }
+
+
 def _raise_problems(problems: Mapping[str, str], total: int) -> None:
     if not problems:
         return
@@ -337,8 +337,8 @@ def _common_base(entries: Sequence[Entry]) -> str:
     for entry in entries:
         if entry.base and entry.base != first.base:
             raise IncompatibleError(
-                f"a bank has one base model: {first.name!r} was trained on {first.base!r}, {entry.name!r} on {entry.base!r}; "
-                "give base= if they are the same model under two names, else open them apart"
+                f"a bank has one base model: {first.name!r} was trained on {first.base!r}, {entry.name!r} on "
+                f"{entry.base!r}; give base= if they are the same model under two names, else open them apart"
             )
     return first.base
 
@@ -362,8 +362,8 @@ def _union(entries: Sequence[Entry]) -> tuple[dict[str, TargetShape], dict[str, 
         clash = next((path for path, shape in shapes.items() if targets.get(path, shape) != shape), None)
         if clash is not None:
             problems[entry.name] = (
-                f"adapter {entry.name!r}, target {clash}: {_describe(shapes[clash])}, but adapter {owners[clash]!r} has "
-                f"{_describe(targets[clash])}; they belong to different base models"
+                f"adapter {entry.name!r}, target {clash}: {_describe(shapes[clash])}, but adapter {owners[clash]!r} "
+                f"has {_describe(targets[clash])}; they belong to different base models"
             )
             continue
         targets |= shapes

@@ -116,12 +116,13 @@ def check_name(name: str, where: object) -> str:
     """Return ``name`` when it may name an adapter.
 
     Raises:
-        AdapterFormatError: Anything but 1-96 of ``A-Z a-z 0-9 . _ -`` starting with a letter or digit, or ``..`` in it.
+        AdapterFormatError: Anything but 1-96 of ``A-Z a-z 0-9 . _ -`` starting with a letter or digit, or ``..`` in
+            it.
     """
     if _NAME.fullmatch(name) is None or ".." in name:
         raise AdapterFormatError(
-            f"{where}: adapter name {name[:120]!r} is not allowed; use 1 to 96 letters, digits, '.', '_' or '-', starting "
-            "with a letter or digit and without '..' (rename the folder or give a name)"
+            f"{where}: adapter name {name[:120]!r} is not allowed; use 1 to 96 letters, digits, '.', '_' or '-', "
+            "starting with a letter or digit and without '..' (rename the folder or give a name)"
         )
     return name
 

@@ -1,9 +1,9 @@
-"""PEFT's ``adapter_config.json`` for LoRA: what is refused, and the scaling of every target.
+r"""PEFT's ``adapter_config.json`` for LoRA: what is refused, and the scaling of every target.
 
-No pattern of a file is ever run as a regular expression. PEFT matches a key of ``rank_pattern`` and ``alpha_pattern`` as
-``(.*\\.)?(key)$`` against the module path, first match in order wins (``peft/utils/other.py`` 0.21, ``get_pattern_key``).
-Keys made of literal characters, ``.``, ``\\.`` and a leading ``^`` are matched exactly so here, in linear time; the rank comes
-from the tensors, and another key is refused only where it could change the scaling.
+No pattern of a file is ever run as a regular expression. PEFT matches a key of ``rank_pattern`` and ``alpha_pattern``
+as ``(.*\\.)?(key)$`` against the module path, first match in order wins (``peft/utils/other.py`` 0.21,
+``get_pattern_key``). Keys made of literal characters, ``.``, ``\\.`` and a leading ``^`` are matched exactly so here,
+in linear time; the rank comes from the tensors, and another key is refused only where it could change the scaling.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ class LoraConfig:
         if len(set(alphas)) > 1:
             values = ", ".join(f"{alpha:g}" for alpha in sorted(set(alphas)))
             raise AdapterFormatError(
-                f"target {path}: alpha_pattern key {unresolved[0]!r} is a regular expression, which is never run, and it "
-                f"decides between the alphas {values}; write it as module names (one key per module suffix or '^full.path')"
+                f"target {path}: alpha_pattern key {unresolved[0]!r} is a regular expression, which is never run, "
+                f"and it decides between the alphas {values}; write it as module names (one key per module suffix or "
+                "'^full.path')"
             )
         scaling = alphas[0] / (math.sqrt(rank) if self.rslora else rank)
         if not abs(scaling) <= MAX_SCALING:

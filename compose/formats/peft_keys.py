@@ -101,7 +101,7 @@ def parse_keys(names: Iterable[str]) -> ParsedKeys:
 
 
 def is_embedding_copy(path: str, targets: Collection[str]) -> bool:
-    """Return whether a full parameter is one of the copies of whole embeddings PEFT saves (``save_embedding_layers``)."""
+    """Return whether a full parameter is a copy of a whole embedding (PEFT's ``save_embedding_layers``)."""
     module, _, parameter = path.rpartition(".")
     wrapped = module.removesuffix(".base_layer")
     return parameter == "weight" and (
@@ -112,8 +112,8 @@ def is_embedding_copy(path: str, targets: Collection[str]) -> bool:
 def strip_prefix(name: str) -> str:
     """Return the path inside the base model.
 
-    Wrappers' prefixes go: ``module.`` (DDP), ``_orig_mod.`` (torch.compile, anywhere), and one of ``base_model.model.`` and
-    ``base_model.`` (PEFT).
+    Wrappers' prefixes go: ``module.`` (DDP), ``_orig_mod.`` (torch.compile, anywhere), and one of
+    ``base_model.model.`` and ``base_model.`` (PEFT).
     """
     path = _ORIG_MOD.sub("", name).removeprefix(".") if "_orig_mod" in name else name
     path = path.removeprefix("module.")

@@ -14,8 +14,10 @@ _VARIANTS = {
     "use_qalora": "QALoRA pools the inputs of lora_A; retrain as plain LoRA",
     "use_bdlora": "block-diagonal LoRA changes the factors' layout; retrain as plain LoRA",
     "layer_replication": "its layer numbers belong to an expanded model; attach it to that model with PEFT",
-    "target_parameters": "LoRA on bare parameters (fused experts) is position-coded; target the linear layers themselves",
-    "trainable_token_indices": "trained token rows are not a low-rank update; resize the embedding and retrain without it",
+    "target_parameters": "LoRA on bare parameters (fused experts) is position-coded; target the linear layers "
+    "themselves",
+    "trainable_token_indices": "trained token rows are not a low-rank update; resize the embedding and retrain "
+    "without it",
     "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens; use PEFT for it",
     "alora_invocation_string": "activated LoRA acts only after its invocation tokens; use PEFT for it",
     "arrow_config": "an Arrow router is not an adapter; open its experts as a bank and use a Compose router",
@@ -71,10 +73,8 @@ def refuse_variants(config: Mapping[str, Any]) -> list[str]:
     """Return one problem per field that makes the adapter something other than plain LoRA; empty when it is plain."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        return [
-            f"peft_type {kind!r:.60} is not supported; only 'LORA' can be composed (PEFT's convert_to_lora converts LoHa, "
-            "LoKr and AdaLoRA)"
-        ]
+        kinds = "PEFT's convert_to_lora converts LoHa, LoKr and AdaLoRA"
+        return [f"peft_type {kind!r:.60} is not supported; only 'LORA' can be composed ({kinds})"]
     problems = [f"{key} is set: {reason}" for key, reason in _VARIANTS.items() if _is_set(config.get(key))]
     bias = config.get("bias", "none")
     if bias not in (None, "none"):

@@ -86,7 +86,7 @@ def _describes(config: Mapping[str, Any], adapter: Adapter) -> bool:
     try:
         parsed = parse_config(config)
         return (
-            parsed.base == adapter.base
+            adapter.base in ("", parsed.base)
             and not check_targets(parsed, list(adapter.targets))
             and not check_full_modules(parsed, list(adapter.full_modules))
             and _lists_targets(parsed, adapter)
@@ -97,26 +97,31 @@ def _describes(config: Mapping[str, Any], adapter: Adapter) -> bool:
 
 
 def _lists_targets(parsed: LoraConfig, adapter: Adapter) -> bool:
-    """Return whether the configuration's targets are surely the adapter's; a regular expression holds for its source's."""
-    return parsed.targets is not None or (
-        adapter.source is not None and frozenset(adapter.source.targets) == adapter.targets.keys()
-    )
+    """Return whether the configuration surely targets what the adapter has; an expression does for its source's."""
+    return parsed.targets is not None if adapter.source is None else _has_source_targets(adapter)
+
+
+def _has_source_targets(adapter: Adapter) -> bool:
+    return adapter.source is not None and frozenset(adapter.source.targets) == adapter.targets.keys()
 
 
 def _maths(adapter: Adapter) -> dict[str, Any]:
-    """Fields that give every target its rank and scaling when nothing is known of the base model."""
+    """Fields that give every target its rank and scaling; nothing is known of the base's other modules."""
     updates = adapter.targets
     alphas = {path: exact_alpha(update.scaling, update.rank) for path, update in updates.items()}
     (rank, alpha), _ = Counter((updates[path].rank, alphas[path]) for path in updates).most_common(1)[0]
-    return {
-        "base_model_name_or_path": adapter.base or None,
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": False,
+    targeting = {
         "target_modules": sorted(updates, key=natural_key),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
+    }
+    return {
+        **({} if _has_source_targets(adapter) else targeting),
+        "base_model_name_or_path": adapter.base or adapter.config.get("base_model_name_or_path"),
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": False,
         "rank_pattern": {_anchored(path): update.rank for path, update in updates.items() if update.rank != rank},
         "alpha_pattern": {_anchored(path): value for path, value in alphas.items() if value != alpha},
         "modules_to_save": _modules_to_save(adapter),
@@ -124,7 +129,7 @@ def _maths(adapter: Adapter) -> dict[str, Any]:
 
 
 def exact_alpha(scaling: float, rank: int) -> float:
-    """Return the alpha with ``alpha / rank == scaling``, or nearest to it (one rounding of float64) where none exists."""
+    """Return the alpha with ``alpha / rank == scaling``, or one rounding of float64 off where none exists."""
     nearest = scaling * rank
     tries = (nearest, math.nextafter(nearest, math.inf), math.nextafter(nearest, -math.inf))
     alpha = min(tries, key=lambda value: abs(value / rank - scaling))
@@ -136,7 +141,7 @@ def _anchored(path: str) -> str:
 
 
 def _modules_to_save(adapter: Adapter) -> list[str] | None:
-    """Keep the source's list while it covers the full modules exactly, else name the module of every full parameter."""
+    """Keep the source's list while it covers the full modules exactly, else name every full parameter's module."""
     listed = adapter.config.get("modules_to_save") or []
     plain = [path for path in adapter.full_modules if not is_embedding_copy(path, adapter.targets)]
     covered = all(any(is_inside(path, name) for name in listed) for path in plain)

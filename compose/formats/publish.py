@@ -14,9 +14,9 @@ from compose.errors import DuplicateNameError
 def publish_folder(files: Mapping[str, bytes], folder: Path, *, overwrite: bool = False) -> Path:
     """Write ``files`` (name -> content) as ``folder``.
 
-    The files are written and fsynced in a hidden sibling folder that is then renamed. On any failure the sibling is removed
-    and what was at ``folder`` before is there again. With ``overwrite`` the old folder is replaced whole, other files in
-    it included; a crash between the two renames leaves it as the hidden sibling ``.<name>.old-<id>``.
+    The files are written and fsynced in a hidden sibling folder that is then renamed. On any failure the sibling is
+    removed and what was at ``folder`` before is there again. With ``overwrite`` the old folder is replaced whole,
+    other files in it included; a crash between the two renames leaves it as the hidden sibling ``.<name>.old-<id>``.
 
     Raises:
         DuplicateNameError: ``folder`` exists, and is not an empty folder, without ``overwrite``.

@@ -1,7 +1,7 @@
 """Safetensors files from strangers: header checked before anything is allocated, bytes read once, hashed, then parsed.
 
-Never memory-mapped: a mapped file that someone truncates kills the process, and one that someone overwrites changes the
-loaded values after they were hashed.
+Never memory-mapped: a mapped file that someone truncates kills the process, and one that someone overwrites changes
+the loaded values after they were hashed.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ def parse_object(data: bytes, where: object) -> dict[str, Any]:
         where: What the bytes are, for messages.
 
     Raises:
-        AdapterFormatError: Not UTF-8, not JSON, not an object, a duplicate key, NaN, Infinity or a number beyond float64.
+        AdapterFormatError: Not UTF-8, not JSON, not an object, a duplicate key, NaN, Infinity or a number beyond
+            float64.
     """
     try:
         value = json.loads(

@@ -79,7 +79,7 @@ class MemoryEntry:
 
 
 class FileEntry:
-    """An adapter in a folder, known by its header. The hash of its bytes is recorded at the first read and binds later ones."""
+    """An adapter in a folder, known by its header; the hash recorded at its first read binds later ones."""
 
     def __init__(self, header: AdapterHeader, adapter_format: AdapterFormat) -> None:
         self.name = header.name
@@ -119,8 +119,8 @@ class FileEntry:
         with self._lock:
             if self._sha256 and self._sha256 != sha256:
                 raise AdapterFormatError(
-                    f"{self.header.folder}: the weights changed on disk (sha256 was {self._sha256[:12]}…, is {sha256[:12]}…); "
-                    "open the bank again"
+                    f"{self.header.folder}: the weights changed on disk (sha256 was {self._sha256[:12]}…, is "
+                    f"{sha256[:12]}…); open the bank again"
                 )
             self._sha256 = sha256
         return sha256
