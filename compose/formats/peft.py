@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from compose.adapter import Adapter, LowRank, Source
-from compose.errors import AdapterFormatError, ComposeError
+from compose.errors import AdapterFormatError, DuplicateNameError
 from compose.formats import FORMATS, discover
 from compose.formats import safetensors_file as files
 from compose.formats.header import (
@@ -127,16 +127,21 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, overwrite: bool = Fal
         DuplicateNameError: ``folder`` exists and ``overwrite`` is false, or it is no adapter folder.
     """
     folder = Path(folder)
-    if overwrite and folder.exists() and not (folder / CONFIG_NAME).exists() and any(folder.iterdir()):
-        raise AdapterFormatError(f"{folder} exists and is no adapter folder; it is not overwritten")
+    foreign = folder.exists() and not (folder / CONFIG_NAME).exists() and (folder.is_file() or any(folder.iterdir()))
+    if overwrite and foreign:
+        raise DuplicateNameError(f"{folder} exists and is no adapter folder; it is not overwritten")
     return publish_folder(adapter_files(adapter), folder, overwrite=overwrite)
 
 
 def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     """Return the files of a PEFT LoRA folder, name -> content, checked as in `write_adapter` but not written."""
     _check_writable(adapter)
-    weights, config = weights_bytes(adapter), config_bytes(adapter)
-    _check_round_trip(adapter, weights, config)
+    weights = weights_bytes(adapter)
+    try:
+        config = config_bytes(adapter)
+        _check_round_trip(adapter, weights, config)
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"adapter {adapter.name!r} cannot be written as PEFT files: {error}") from error
     return {CONFIG_NAME: config, WEIGHTS_NAME: weights}
 
 
@@ -262,12 +267,8 @@ def _check_writable(adapter: Adapter) -> None:
 
 def _check_round_trip(adapter: Adapter, weights: bytes, config: bytes) -> None:
     """What was built must read back as the same adapter; a difference here would be a wrong adapter on disk."""
-    where = Path(f"adapter {adapter.name!r} as PEFT files")
-    try:
-        fields = parse_object(config, where)
-        targets, full = _resolve(parse_config(fields), files.parse_header(weights, where))
-    except ComposeError as error:
-        raise AdapterFormatError(f"adapter {adapter.name!r} cannot be written as PEFT files: {error}") from error
+    fields = parse_object(config, CONFIG_NAME)
+    targets, full = _resolve(parse_config(fields), files.parse_header(weights, Path(WEIGHTS_NAME)))
     wrong = [
         path
         for path, update in adapter.targets.items()
@@ -277,6 +278,6 @@ def _check_round_trip(adapter: Adapter, weights: bytes, config: bytes) -> None:
     ]
     if wrong or targets.keys() != adapter.targets.keys() or full.keys() != adapter.full_modules.keys():
         raise AdapterFormatError(
-            f"adapter {adapter.name!r} cannot be written as PEFT files: {', '.join(wrong[:5]) or 'its module paths'} "
-            "would read back differently (a path that starts with a wrapper's prefix, or two that are one)"
+            f"{', '.join(wrong[:5]) or 'its module paths'} would read back differently (a path that starts with a "
+            "wrapper's prefix, or two that are one)"
         )
