@@ -11,7 +11,9 @@ from compose.bank import Bank
 
 def random_bank(bank: Bank, *, seed: int) -> Bank:
     """Return a bank of the same names, targets, ranks and delta norms with Gaussian factors: a control without skill."""
-    return Bank.from_adapters([_random_like(bank[name], np.random.default_rng([seed, i])) for i, name in enumerate(bank.names)])
+    return Bank.from_adapters(
+        [_random_like(bank[name], np.random.default_rng([seed, i])) for i, name in enumerate(bank.names)]
+    )
 
 
 def _random_like(adapter: Adapter, generator: np.random.Generator) -> Adapter:

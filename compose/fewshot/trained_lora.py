@@ -12,8 +12,8 @@ from compose.bank import Bank
 from compose.engine.attach import AttachedModel, attach
 from compose.engine.coefficients import Coefficients
 from compose.fewshot.encoding import Encoded
-from compose.fewshot.losses import response_losses
 from compose.fewshot.loading import LoadedModel
+from compose.fewshot.losses import response_losses
 from compose.fewshot.population import GRADIENT_COST
 
 
