@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from compose.report import svg
-from compose.report.plain import printable
+from compose.report.plain import NONE, printable
 
 Report = Mapping[str, Any]
 
@@ -112,7 +112,7 @@ def _clean(value: Any) -> Any:
 
 def _cut(text: str | None, limit: int = LONGEST_TEXT) -> str:
     if text is None:
-        return "–"
+        return NONE
     text = printable(text)
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} more characters)"
 
@@ -286,7 +286,7 @@ def _bank_rows(report: Report) -> list[dict[str, Any]]:
 
 def _weight_text(column: Sequence[float] | None) -> str:
     if column is None:
-        return "–"
+        return NONE
     if len(column) == 1:
         return svg.number(column[0])
     return f"{svg.number(min(column))} … {svg.number(max(column))}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 
+NONE = "\N{EN DASH}"
+"""Stands where there is no value."""
+
 _KEPT = "\n\t"
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from compose.report.plain import NONE
+
 ROW_HEIGHT = 26
 MINUS = "\N{MINUS SIGN}"
 _ROW = Markup('<svg class="row" width="100%" height="{}" aria-hidden="true">{}</svg>')
@@ -55,11 +57,11 @@ def number(value: float | None) -> str:
     """Write a number with three significant digits, without an exponent where that is readable.
 
     Example:
-        >>> number(0.12345), number(0.5), number(1234.6), number(2.0), number(None), number(-0.0)
-        ('0.123', '0.500', '1,235', '2', '–', '0')
+        >>> number(0.12345), number(0.5), number(1234.6), number(2.0), number(-0.0)
+        ('0.123', '0.500', '1,235', '2', '0')
     """
     if value is None:
-        return "–"
+        return NONE
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -80,7 +82,7 @@ def tick_label(value: float) -> str:
 
 def percent(value: float | None) -> str:
     """Write a share in [0, 1] as a percentage without decimals ("68 %")."""
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.0f} %".replace("-", MINUS)
+    return NONE if value is None or not math.isfinite(value) else f"{100 * value:.0f} %".replace("-", MINUS)
 
 
 def axis_row(scale: Scale, write: Callable[[float], str] = tick_label) -> Markup:

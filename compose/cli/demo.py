@@ -1,0 +1,160 @@
+"""``compose demo``: few-shot search on three held-out tasks of the shipped demo, with the truthful reading of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from compose.cli import COMMANDS, Command
+from compose.cli.console import note, print_json, print_table, say
+from compose.cli.options import OUTPUT, Force, Json
+from compose.errors import RunFolderError
+from compose.report.plain import NONE
+
+READING = {
+    "wording": "New wording of a skill in the bank: the search finds the adapter that knows it.",
+    "composition": "Two skills at once, which no adapter was trained on: weights per adapter and layer join them.",
+    "mixture": "Items of two tasks: one set of weights serves all inputs alike, so it cannot tell them apart. "
+    "Retrieve or route per input instead.",
+}
+
+
+class Shown(NamedTuple):
+    """A task of the demo and the number of examples it is shown with."""
+
+    task: str
+    shots: int
+
+
+TASKS = (Shown("new_wording_reverse_words", 5), Shown("reverse_words_and_join_dashes", 20), Shown("", 5))
+TEST_ITEMS = 60
+
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", metavar="DIR", help="Where the run folders and index.html go.", rich_help_panel=OUTPUT
+    ),
+]
+
+
+def demo(context: typer.Context, out: Out = Path("compose-demo"), force: Force = False, json: Json = False) -> None:
+    """Search on three held-out tasks of the shipped demo, offline, in under two minutes on two cores.
+
+    One task asks for a known skill in new words, one for two skills at once, one mixes two tasks. Each run folder
+    holds an adapter and a report; OUT/index.html leads to them.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if out.exists() and any(out.iterdir()) and not force:
+        raise RunFolderError(
+            f"{out} exists and is not empty; choose another --out, or pass --force to replace its runs"
+        )
+    rows = run_demo(out)
+    index = out / "index.html"
+    if json:
+        print_json({"folder": str(out), "index": str(index), "tasks": rows})
+        return
+    _show(rows)
+    say(f"report: {index}")
+
+
+def run_demo(out: Path) -> list[dict[str, Any]]:
+    """Run the three searches and write their folders and the index; return one row per task."""
+    from compose.bank import Bank
+    from compose.cli.demo_files import demo_paths
+    from compose.fewshot.loading import load_model
+    from compose.report.index import render_index
+
+    base, bank_folder = demo_paths()
+    bank = Bank.open(bank_folder)
+    loaded = load_model(base)
+    note(f"loaded the base model and {len(bank)} adapters from {base.parent}")
+    rows = [_run_task(loaded, bank, shown, out) for shown in TASKS]
+    (out / "index.html").write_text(render_index(rows), encoding="utf-8")
+    return rows
+
+
+def _run_task(loaded: Any, bank: Any, shown: Shown, out: Path) -> dict[str, Any]:
+    from compose.cli.demo_files import demo_examples, demo_task
+    from compose.cli.progress import SearchProgress
+    from compose.fewshot.run import few_shot_search
+    from compose.report.html import render
+
+    task = demo_task(shown.task)
+    examples, test = demo_examples(task, shown.shots, 0, TEST_ITEMS)
+    with SearchProgress(task.name) as progress:
+        run = few_shot_search(
+            loaded,
+            bank,
+            examples,
+            test=test,
+            out=out / task.name,
+            force=True,
+            render=render,
+            progress=progress,
+            command=["compose", "search", "--demo", task.name, "--shots", str(shown.shots), "--out", task.name],
+        )
+    return summary(run.report, task.name, task.group, task.description)
+
+
+def summary(report: Mapping[str, Any], name: str, group: str, description: str) -> dict[str, Any]:
+    """Return the row of one task: the measures on its test items, what was chosen, and the reading of its group."""
+    matches = {control["name"]: control["test"]["exact_match"] for control in report["controls"] if control["test"]}
+    return {
+        "task": name,
+        "group": group,
+        "description": description,
+        "shots": report["data"]["examples"],
+        "test": report["data"]["test"],
+        "exact_match": matches,
+        "choice": report["search"]["choice"],
+        "reason": report["search"]["reason"],
+        "cost": report["search"]["cost"],
+        "seconds": report["search"]["seconds"],
+        "reading": READING[group],
+        "report": f"{name}/report.html",
+    }
+
+
+def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+    from compose.report.html import CHOICES
+    from compose.report.svg import percent
+
+    measures = ("base", "best_single", "trained_lora", "composed")
+    cells = [
+        [
+            row["task"],
+            row["group"],
+            *(percent(row["exact_match"][name]["mean"]) if name in row["exact_match"] else NONE for name in measures),
+            CHOICES.get(row["choice"], row["choice"]),
+        ]
+        for row in rows
+    ]
+    say(f"Exact match on {rows[0]['test']} test items per task, none of which was searched on", "bold")
+    print_table(["task", "group", ">base", ">best single", ">LoRA on shots", ">composed", "chosen"], cells)
+    for row in rows:
+        say(f"{row['task']}: {row['reading']}")
+
+
+def build(
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to; the package itself by default.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train the demo's base model and adapters again from their seeds (minutes on a GPU, hours on a CPU)."""
+    from compose.demo.build import build as build_demo
+
+    build_demo(out=out, device=device)
+
+
+COMMANDS.register("demo")(
+    Command(
+        demo,
+        examples=("compose demo", "compose demo --out runs/demo --force", "compose demo --json"),
+        subcommands={"build": Command(build, examples=("compose demo build --device cuda --out build/demo",))},
+    )
+)

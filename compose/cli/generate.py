@@ -1,0 +1,132 @@
+"""``compose generate``: text from the base model with one adapter, given weights, or a run's result in force."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compose.cli import COMMANDS, Command
+from compose.cli.console import print_json
+from compose.cli.options import OUTPUT, Banks, Base, Device, Dtype, Json
+from compose.errors import ComposeError
+
+if TYPE_CHECKING:
+    from compose.cli.chosen_weights import ChosenWeights
+    from compose.fewshot.loading import LoadedModel
+
+Texts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[TEXT]...", help="Prompts; - reads one a line from standard input.", show_default=False),
+]
+Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; may be repeated.", show_default=False)]
+AdapterName = Annotated[
+    str | None, typer.Option("--adapter", metavar="NAME", help="One adapter of the bank, at full strength.")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="RUN|JSON", help="A run folder, a JSON file, or {'name': weight} as JSON."),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.", rich_help_panel=OUTPUT)]
+
+
+def generate(  # noqa: PLR0913 - one parameter per option
+    texts: Texts = None,
+    base: Base = None,
+    bank: Banks = None,
+    prompt: Prompt = None,
+    adapter: AdapterName = None,
+    weights: Weights = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Use the shipped base model and bank.")] = False,
+    max_new_tokens: MaxNewTokens = 64,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Continue prompts greedily, with an adapter or weights over the bank in force.
+
+    Prompts pass through the model's prompt template (compose.json beside its weights), as in a search. Without
+    --adapter and --weights the bare base model answers.
+    """
+    prompts = _prompts([*(prompt or []), *(texts or [])])
+    base_path, folders = _sources(base, bank, demo=demo)
+    if adapter is not None and weights is not None:
+        raise ComposeError("--adapter and --weights exclude each other; give one of them")
+    if (adapter or weights) and not folders:
+        raise ComposeError("--adapter and --weights need --bank DIR")
+    from compose.cli.chosen_weights import one_adapter, read_weights
+    from compose.fewshot.loading import load_model
+
+    chosen = read_weights(weights) if weights is not None else None if adapter is None else one_adapter(adapter)
+    loaded = load_model(base_path, device=device, dtype=dtype)
+    answers = _answers(loaded, prompts, folders, chosen, max_new_tokens)
+    if json:
+        outputs = [{"prompt": given, "text": text} for given, text in zip(prompts, answers, strict=True)]
+        print_json({"base": base_path, "weights": None if chosen is None else chosen.summary(), "outputs": outputs})
+        return
+    for text in answers:
+        print(text)
+
+
+def _answers(
+    loaded: LoadedModel, prompts: list[str], folders: list[Path], chosen: ChosenWeights | None, max_new_tokens: int
+) -> list[str]:
+    if chosen is None:
+        return _continue(loaded, prompts, max_new_tokens)
+    from compose.bank import Bank
+    from compose.engine.attach import attach
+
+    with attach(loaded.model, chosen.select(Bank.open(folders))) as attached, attached.using(chosen.on(attached)):
+        return _continue(loaded, prompts, max_new_tokens)
+
+
+def _continue(loaded: LoadedModel, prompts: list[str], max_new_tokens: int) -> list[str]:
+    from compose.engine.generate import generate_tokens
+    from compose.fewshot.encoding import encode
+    from compose.fewshot.examples import Example
+    from compose.fewshot.scoring import stop_ids
+
+    encoder_decoder = loaded.model.config.is_encoder_decoder
+    examples = [Example(text, "") for text in prompts]
+    encoded = encode(examples, loaded.tokenizer, loaded.prompt_format, encoder_decoder=encoder_decoder)
+    rows = [item.prompt for item in encoded]
+    found = generate_tokens(loaded.model, rows, max_new_tokens=max_new_tokens, stop_ids=stop_ids(loaded))
+    return loaded.tokenizer.batch_decode(found, skip_special_tokens=True)
+
+
+def _prompts(given: list[str]) -> list[str]:
+    prompts = [text for text in given if text != "-"]
+    if "-" in given:
+        prompts += [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ComposeError("no prompts; give --prompt TEXT, or - to read one a line from standard input")
+    if any(not text.strip() for text in prompts):
+        raise ComposeError("a prompt is empty; give each --prompt some text")
+    return prompts
+
+
+def _sources(base: str | None, bank: list[Path] | None, *, demo: bool) -> tuple[str, list[Path]]:
+    if demo:
+        if base or bank:
+            raise ComposeError("--demo brings its own base model and bank; leave out --base and --bank")
+        from compose.cli.demo_files import demo_paths
+
+        base_path, bank_path = demo_paths()
+        return str(base_path), [bank_path]
+    if base is None:
+        raise ComposeError("missing --base MODEL (or --demo for the shipped one)")
+    return base, list(bank or [])
+
+
+COMMANDS.register("generate")(
+    Command(
+        generate,
+        examples=(
+            "compose generate --base ./base --bank ./bank --adapter reverse_words --prompt 'Reverse: a b c'",
+            "compose generate --base ./base --bank ./bank --weights runs/task - < prompts.txt",
+            """compose generate --demo --weights '{"upper": 0.7, "sort_words": 0.4}' --prompt 'Sort: b a'""",
+        ),
+    )
+)
