@@ -18,13 +18,6 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def cast_stack(stack: LoraStack, dtype: torch.dtype) -> LoraStack:
-    """The stack with factors of ``dtype`` (gradients flow back to the original factors)."""
-    if stack.a_RD.dtype == dtype and stack.b_RO.dtype == dtype:
-        return stack
-    return LoraStack(stack.a_RD.to(dtype), stack.b_RO.to(dtype), stack.scaling_E, stack.ranks)
-
-
 def check_operands(op: str, x: torch.Tensor, stack: LoraStack, base: torch.Tensor | None) -> None:
     """Refuse operands whose shapes, dtypes or devices do not fit together.
 

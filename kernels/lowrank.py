@@ -104,7 +104,7 @@ def _shrink(x_BTD: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     if a.dim() == 3:
         return torch.bmm(x_BTD, a.transpose(1, 2))
     batch, tokens, width = x_BTD.shape
-    return torch.mm(x_BTD.reshape(batch * tokens, width), a.t()).view(batch, tokens, -1)
+    return torch.mm(x_BTD.reshape(batch * tokens, width), a.t()).view(batch, tokens, a.shape[0])
 
 
 def _expand(z_BTR: torch.Tensor, b: torch.Tensor, base_BTO: torch.Tensor | None, alpha: float) -> torch.Tensor:
@@ -115,16 +115,15 @@ def _expand(z_BTR: torch.Tensor, b: torch.Tensor, base_BTO: torch.Tensor | None,
     if b.dim() == 3:
         return torch.baddbmm(base_BTO, z_BTR, b, alpha=alpha)
     batch, tokens, out = base_BTO.shape
-    flat = base_BTO.reshape(batch * tokens, out)
-    return torch.addmm(flat, z_BTR.reshape(batch * tokens, -1), b, alpha=alpha).view(batch, tokens, out)
+    flat, rows = base_BTO.reshape(batch * tokens, out), z_BTR.reshape(batch * tokens, z_BTR.shape[2])
+    return torch.addmm(flat, rows, b, alpha=alpha).view(batch, tokens, out)
 
 
 def _expand_into(z_BTR: torch.Tensor, b: torch.Tensor, base_BTO: torch.Tensor, alpha: float) -> torch.Tensor:
     """``base += alpha z b`` in place."""
     if b.dim() == 3:
         return base_BTO.baddbmm_(z_BTR, b, alpha=alpha)
-    flat = base_BTO.view(-1, base_BTO.shape[-1])
-    flat.addmm_(z_BTR.view(flat.shape[0], -1), b, alpha=alpha)
+    base_BTO.flatten(0, 1).addmm_(z_BTR.flatten(0, 1), b, alpha=alpha)
     return base_BTO
 
 

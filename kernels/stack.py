@@ -7,10 +7,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
 from compose.errors import IncompatibleError
+
+
+class RowIndex(NamedTuple):
+    """Where rank rows lie; derived from the ranks alone, so every cast of a stack shares it.
+
+    Attributes:
+        adapter_R: ``(R,)`` int64: the adapter that owns each row.
+        position_R: ``(R,)`` int64: position of each row inside its adapter.
+        table_Er: ``(E + 1, max_rank)`` int64: rows of each adapter. Unused places repeat the adapter's first row (row 0 for
+            a rank-0 adapter); the last line stands for "no adapter".
+        valid_Er: ``(E + 1, max_rank)`` bool: which places of ``table_Er`` are used.
+    """
+
+    adapter_R: torch.Tensor
+    position_R: torch.Tensor
+    table_Er: torch.Tensor
+    valid_Er: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,23 +42,17 @@ class LoraStack:
         b_RO: ``(R, O)``: the transposed B factors, each adapter's rows contiguous.
         scaling_E: ``(E,)`` float32 on the same device; folded into neither factor.
         ranks: Rank of every adapter, ``E`` entries.
+        index: Built from ``ranks`` when not given.
         offsets: ``E + 1`` row offsets, derived from ``ranks``.
-        row_adapter_R: ``(R,)`` int64: the adapter that owns each row.
-        row_position_R: ``(R,)`` int64: position of each row inside its adapter.
-        row_table_Er: ``(E + 1, max_rank)`` int64: rows of each adapter. Unused places repeat the adapter's first row
-            (row 0 for a rank-0 adapter); the last line stands for "no adapter".
-        row_valid_Er: ``(E + 1, max_rank)`` bool: which places of ``row_table_Er`` are used.
     """
 
     a_RD: torch.Tensor
     b_RO: torch.Tensor
     scaling_E: torch.Tensor
     ranks: tuple[int, ...]
+    index: RowIndex = field(default=None, repr=False)  # type: ignore[assignment]  # filled in below
     offsets: tuple[int, ...] = field(init=False, repr=False)
-    row_adapter_R: torch.Tensor = field(init=False, repr=False)
-    row_position_R: torch.Tensor = field(init=False, repr=False)
-    row_table_Er: torch.Tensor = field(init=False, repr=False)
-    row_valid_Er: torch.Tensor = field(init=False, repr=False)
+    _casts: dict[torch.dtype, tuple[tuple[int, int, int], LoraStack]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = sum(self.ranks)
@@ -50,8 +62,8 @@ class LoraStack:
                 f"b {tuple(self.b_RO.shape)}, scaling {tuple(self.scaling_E.shape)}"
             )
         object.__setattr__(self, "offsets", (0, *accumulate(self.ranks)))
-        for name, value in _row_index(self.ranks).items():
-            object.__setattr__(self, name, value.to(self.a_RD.device))
+        if self.index is None:
+            object.__setattr__(self, "index", _row_index(self.ranks, self.a_RD.device))
 
     @property
     def num_adapters(self) -> int:
@@ -73,14 +85,46 @@ class LoraStack:
         """``(O, R)`` view of ``b_RO``."""
         return self.b_RO.T
 
+    def factors(self, adapter: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views ``(rank, D)`` and ``(rank, O)`` of one adapter."""
+        rows = slice(self.offsets[adapter], self.offsets[adapter + 1])
+        return self.a_RD[rows], self.b_RO[rows]
+
     def row_coefficients(self, gates: torch.Tensor) -> torch.Tensor:
         """Spread ``gates (..., E)`` over rank rows, scaling included: ``(..., R)`` in the gates' dtype."""
         scaled = gates * self.scaling_E.to(gates.dtype)
-        return scaled.index_select(-1, self.row_adapter_R)
+        return scaled.index_select(-1, self.index.adapter_R)
+
+    def versions(self) -> tuple[int, int, int] | None:
+        """Version counters of the three tensors: equal counters, unchanged values. None where nothing may be cached.
+
+        That is when a factor is trained (gradients must reach it) or is an inference tensor (which has no counter). Writes
+        through ``tensor.data`` or a NumPy view are invisible to torch and so to this.
+        """
+        a, b, scaling = self.a_RD, self.b_RO, self.scaling_E
+        if a.requires_grad or b.requires_grad or scaling.requires_grad:
+            return None
+        if a.is_inference() or b.is_inference() or scaling.is_inference():
+            return None
+        return a._version, b._version, scaling._version
+
+    def cast(self, dtype: torch.dtype) -> LoraStack:
+        """The stack with factors of ``dtype``; a frozen stack keeps the copy until a factor is written to."""
+        if self.a_RD.dtype == dtype and self.b_RO.dtype == dtype:
+            return self
+        versions = None if torch.compiler.is_compiling() else self.versions()
+        found = self._casts.get(dtype) if versions is not None else None
+        if found is not None and found[0] == versions:
+            return found[1]
+        with torch.inference_mode(False):
+            copy = LoraStack(self.a_RD.to(dtype), self.b_RO.to(dtype), self.scaling_E, self.ranks, self.index)
+        if versions is not None:
+            self._casts[dtype] = (versions, copy)
+        return copy
 
 
-def _row_index(ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Build the four index tensors of a stack on the CPU; see the attributes of ``LoraStack``."""
+def _row_index(ranks: tuple[int, ...], device: torch.device) -> RowIndex:
+    """Build the index of a stack on the CPU and move it to ``device``."""
     ranks_E = torch.tensor(ranks, dtype=torch.int64)
     starts_E = ranks_E.cumsum(0) - ranks_E
     adapter_R = torch.arange(len(ranks)).repeat_interleave(ranks_E, output_size=sum(ranks))
@@ -88,9 +132,5 @@ def _row_index(ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
     valid_Er = places_r < torch.cat([ranks_E, ranks_E.new_zeros(1)])[:, None]
     firsts_E = torch.where(ranks_E > 0, starts_E, 0)
     table_Er = torch.cat([firsts_E, firsts_E.new_zeros(1)])[:, None] + torch.where(valid_Er, places_r, 0)
-    return {
-        "row_adapter_R": adapter_R,
-        "row_position_R": torch.arange(sum(ranks)) - starts_E[adapter_R],
-        "row_table_Er": table_Er,
-        "row_valid_Er": valid_Er,
-    }
+    position_R = torch.arange(sum(ranks)) - starts_E[adapter_R]
+    return RowIndex(adapter_R.to(device), position_R.to(device), table_Er.to(device), valid_Er.to(device))

@@ -12,6 +12,7 @@ import torch
 
 from compose.kernels.grouped_lora.plan import GroupPlan
 from compose.kernels.lowrank import lowrank
+from compose.kernels.policy import gather_cost, segments_cost, stacked_cost
 from compose.kernels.stack import LoraStack
 
 Strategy = Literal["none", "single", "rows", "stacked", "segments"]
@@ -41,27 +42,32 @@ def forward(
         y = _traced(x_BTD, stack, ids, base_BTO)
     else:
         prepared = _prepared(stack, plan)
-        strategy = strategy or choose(prepared.active_rows, x_BTD.shape[1], plan)
+        strategy = strategy or _choice(stack, plan, prepared, x_BTD.shape[0] * x_BTD.shape[1])
         y = _run(strategy, x_BTD, stack, plan, prepared, base_BTO, reuse_base)
     return y.squeeze(1) if flat else y
 
 
-def choose(active_rows: int, tokens_per_row: int, plan: GroupPlan) -> Strategy:
-    """The measured policy; the README has the figures.
+def choose(stack: LoraStack, plan: GroupPlan, tokens: int, *, cached: bool) -> Strategy:
+    """The cheapest strategy by the cost model of ``compose.kernels.policy``.
 
     Args:
-        active_rows: Ranks of the adapters that occur, added up.
-        tokens_per_row: ``T``.
+        stack: Of the target.
         plan: Of the ids.
+        tokens: ``B T``.
+        cached: Whether gathered factors are kept from call to call.
     """
-    if active_rows == 0:
+    ranks = [stack.ranks[adapter] for adapter in plan.distinct]
+    if sum(ranks) == 0:
         return "none"
     if plan.single is not None:
         return "single"
-    per_row = plan.ids.dim() == 1
-    if per_row and (tokens_per_row >= 8 or len(plan.order) <= 128):
-        return "rows"
-    return "stacked" if active_rows <= 64 else "segments"
+    width = stack.a_RD.shape[1] + stack.b_RO.shape[1]
+    costs: dict[Strategy, float] = {
+        "stacked": stacked_cost(tokens, sum(ranks), width),
+        "rows": gather_cost(len(plan.order), tokens, max(ranks), width, cached=cached),
+        "segments": segments_cost(tokens, len(ranks), width),
+    }
+    return min(costs, key=costs.__getitem__)
 
 
 class _Factors(NamedTuple):
@@ -74,32 +80,38 @@ class _Factors(NamedTuple):
 
 @dataclass
 class _Prepared:
-    """What is kept per plan and stack: gathered factors, and the versions of the tensors they were read from."""
+    """What is kept per plan and stack.
 
-    active_rows: int
+    Attributes:
+        versions: Of the stack when the factors were gathered; None: nothing may be kept.
+        factors: Gathered factors by strategy.
+        choices: The policy's choice by number of tokens.
+    """
+
     versions: tuple[int, int, int] | None
     factors: dict[str, _Factors] = field(default_factory=dict)
+    choices: dict[int, Strategy] = field(default_factory=dict)
 
 
 def _prepared(stack: LoraStack, plan: GroupPlan) -> _Prepared:
     """Look up or start the record of ``stack``; what was gathered is dropped when a factor has been written to since.
 
-    Trained factors are gathered by every call, so that gradients reach them, and so are inference tensors, which
-    carry no version to check.
+    Where the stack has no versions to compare, every call gathers anew.
     """
-    a, b, scaling = stack.a_RD, stack.b_RO, stack.scaling_E
-    versions = None
-    if not (a.requires_grad or b.requires_grad or scaling.requires_grad):
-        if not (a.is_inference() or b.is_inference() or scaling.is_inference()):
-            versions = (a._version, b._version, scaling._version)
+    versions = stack.versions()
     found = plan.gathered.get(stack)
     if found is None:
-        found = _Prepared(sum(stack.ranks[adapter] for adapter in plan.distinct), versions)
-        plan.gathered[stack] = found
+        found = plan.gathered[stack] = _Prepared(versions)
     elif versions is None or found.versions != versions:
-        found.factors.clear()
-        found.versions = versions
+        found = plan.gathered[stack] = _Prepared(versions)
     return found
+
+
+def _choice(stack: LoraStack, plan: GroupPlan, prepared: _Prepared, tokens: int) -> Strategy:
+    """``choose``, remembered per number of tokens."""
+    if tokens not in prepared.choices:
+        prepared.choices[tokens] = choose(stack, plan, tokens, cached=prepared.versions is not None)
+    return prepared.choices[tokens]
 
 
 def _run(
@@ -132,14 +144,14 @@ def _run(
 def _gather_single(stack: LoraStack, plan: GroupPlan) -> _Factors:
     """Views of the one adapter's factors."""
     adapter = plan.distinct[0]
-    rows = slice(stack.offsets[adapter], stack.offsets[adapter + 1])
-    return _Factors(stack.a_RD[rows], stack.b_RO[rows], _number(stack.scaling_E[adapter], stack))
+    return _Factors(*stack.factors(adapter), _number(stack.scaling_E[adapter], stack))
 
 
 def _gather_rows(stack: LoraStack, plan: GroupPlan) -> _Factors:
     """Each entry's own factors, cut to the largest rank that occurs; one number when all scalings are equal."""
     rank = max(stack.ranks[adapter] for adapter in plan.distinct)
-    a, b, c = _row_factors(stack, plan.ids.reshape(-1), rank)
+    masked = plan.lowest < 0 or any(stack.ranks[adapter] != rank for adapter in plan.distinct)
+    a, b, c = _row_factors(stack, plan.ids.reshape(-1), rank, masked=masked)
     scaling_U = stack.scaling_E[list(plan.distinct)]
     if scaling_U.requires_grad or not bool((scaling_U == scaling_U[0]).all()):
         return _Factors(a, b, c)
@@ -149,8 +161,8 @@ def _gather_rows(stack: LoraStack, plan: GroupPlan) -> _Factors:
 def _gather_stacked(stack: LoraStack, plan: GroupPlan) -> _Factors:
     """The rows of the adapters that occur, and a mask per entry with the scaling in it."""
     distinct = torch.tensor(plan.distinct, device=stack.a_RD.device)
-    active_R = torch.isin(stack.row_adapter_R, distinct).nonzero().squeeze(1)
-    adapter_R = stack.row_adapter_R[active_R]
+    active_R = torch.isin(stack.index.adapter_R, distinct).nonzero().squeeze(1)
+    adapter_R = stack.index.adapter_R[active_R]
     ids = plan.ids[:, None, None] if plan.ids.dim() == 1 else plan.ids[:, :, None]
     c = torch.where(ids == adapter_R, stack.scaling_E.to(stack.a_RD.dtype)[adapter_R], 0.0)
     return _Factors(stack.a_RD[active_R], stack.b_RO[active_R], c)
@@ -167,14 +179,18 @@ def _number(scaling: torch.Tensor, stack: LoraStack) -> torch.Tensor | float:
 
 
 def _row_factors(
-    stack: LoraStack, ids_N: torch.Tensor, rank: int
+    stack: LoraStack, ids_N: torch.Tensor, rank: int, *, masked: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Factors of each entry, ``(N, r, D)`` and ``(N, r, O)``, and coefficients ``(N, 1, r)``; unused places are 0."""
+    """Factors of each entry, ``(N, r, D)`` and ``(N, r, O)``, and coefficients ``(N, 1, r)``.
+
+    ``masked`` sets unused places to 0; without it the caller knows that there are none.
+    """
     line_N = torch.where(ids_N < 0, stack.num_adapters, ids_N)
-    rows_Nr, valid_Nr = stack.row_table_Er[line_N, :rank], stack.row_valid_Er[line_N, :rank]
-    unused = ~valid_Nr[..., None]
-    a = stack.a_RD.index_select(0, rows_Nr.reshape(-1)).view(-1, rank, stack.a_RD.shape[1]).masked_fill(unused, 0.0)
-    b = stack.b_RO.index_select(0, rows_Nr.reshape(-1)).view(-1, rank, stack.b_RO.shape[1]).masked_fill(unused, 0.0)
+    rows_Nr, valid_Nr = stack.index.table_Er[line_N, :rank], stack.index.valid_Er[line_N, :rank]
+    a = stack.a_RD.index_select(0, rows_Nr.reshape(-1)).view(-1, rank, stack.a_RD.shape[1])
+    b = stack.b_RO.index_select(0, rows_Nr.reshape(-1)).view(-1, rank, stack.b_RO.shape[1])
+    if masked:
+        a, b = a.masked_fill(~valid_Nr[..., None], 0.0), b.masked_fill(~valid_Nr[..., None], 0.0)
     scaling_N = stack.scaling_E.to(a.dtype)[ids_N.clamp(min=0)]
     return a, b, torch.where(valid_Nr, scaling_N[:, None], 0.0)[:, None]
 
@@ -188,10 +204,9 @@ def _segments(
     out = stack.b_RO.shape[1]
     parts = [sorted_x.new_zeros(plan.bounds[0], entries.shape[1], out)]
     for number, adapter in enumerate(plan.distinct):
-        rows = slice(stack.offsets[adapter], stack.offsets[adapter + 1])
         part = sorted_x[plan.bounds[number] : plan.bounds[number + 1]]
         c = stack.scaling_E[adapter].to(x_BTD.dtype)
-        parts.append(lowrank(part, stack.a_RD[rows], stack.b_RO[rows], c, None))
+        parts.append(lowrank(part, *stack.factors(adapter), c, None))
     delta = torch.cat(parts).index_select(0, plan.inverse).view(*x_BTD.shape[:2], out)
     return delta if base_BTO is None else base_BTO + delta
 
@@ -201,9 +216,9 @@ def _traced(
 ) -> torch.Tensor:
     """No host reads, so ``torch.compile`` sees one graph: gather per batch row, mask the whole stack per token."""
     if ids.dim() == 1:
-        return lowrank(x_BTD, *_row_factors(stack, ids, stack.max_rank), base_BTO)
-    scaling_R = stack.scaling_E.to(x_BTD.dtype)[stack.row_adapter_R]
-    c = torch.where(ids[..., None] == stack.row_adapter_R, scaling_R, 0.0)
+        return lowrank(x_BTD, *_row_factors(stack, ids, stack.max_rank, masked=True), base_BTO)
+    scaling_R = stack.scaling_E.to(x_BTD.dtype)[stack.index.adapter_R]
+    c = torch.where(ids[..., None] == stack.index.adapter_R, scaling_R, 0.0)
     return lowrank(x_BTD, stack.a_RD, stack.b_RO, c, base_BTO)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from compose.errors import IncompatibleError
-from compose.kernels.checks import autocast_dtype, cast_stack, check_id_range, check_operands, resolve_backend
+from compose.kernels.checks import autocast_dtype, check_id_range, check_operands, resolve_backend
 from compose.kernels.grouped_lora import cpu, reference
 from compose.kernels.grouped_lora.plan import GroupPlan, check_ids, plan_groups
 from compose.kernels.stack import LoraStack
@@ -50,7 +50,7 @@ def grouped_lora(
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, stack, base = x.to(dtype), cast_stack(stack, dtype), None if base is None else base.to(dtype)
+        x, stack, base = x.to(dtype), stack.cast(dtype), None if base is None else base.to(dtype)
     check_operands("grouped_lora", x, stack, base)
     check_ids(ids)
     if ids.shape != x.shape[: ids.dim()] or ids.dim() >= x.dim() or ids.device != x.device:

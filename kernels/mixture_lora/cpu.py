@@ -12,6 +12,7 @@ import torch
 
 from compose.kernels.lowrank import lowrank
 from compose.kernels.mixture_lora import parameters
+from compose.kernels.policy import gather_cost, segments_cost, stacked_cost
 from compose.kernels.stack import LoraStack
 
 Strategy = Literal["none", "select", "stacked", "gather", "scatter", "pairs"]
@@ -68,50 +69,59 @@ def scatter(gates: torch.Tensor, indices: torch.Tensor, num_adapters: int) -> to
     return dense.scatter_add(-1, places, gates)[..., :num_adapters]
 
 
-def active_adapters(stack: LoraStack, gates: torch.Tensor) -> list[int] | None:
-    """Adapters whose gate is not 0, where leaving the others out is exact: one list of gates, nothing of it trained."""
+def active_gates(stack: LoraStack, gates: torch.Tensor) -> dict[int, float] | None:
+    """The gates that are not 0 by adapter, where leaving out the others is exact: one list of gates, nothing trained."""
     if gates.dim() != 1 or gates.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     trained = gates.requires_grad or stack.a_RD.requires_grad or stack.b_RO.requires_grad or stack.scaling_E.requires_grad
     if trained and torch.is_grad_enabled():
         return None
-    return [adapter for adapter, gate in enumerate(gates.tolist()) if gate != 0.0 and stack.ranks[adapter]]
+    return {adapter: gate for adapter, gate in enumerate(gates.tolist()) if gate and stack.ranks[adapter]}
 
 
-def choose_dense(stack: LoraStack, active: list[int] | None) -> Strategy:
+def choose_dense(stack: LoraStack, active: dict[int, float] | None) -> Strategy:
     """The measured policy for dense gates; the README has the figures."""
     if active is None:
         return "stacked"
-    if not active:
-        return "none"
-    rows = sum(stack.ranks[adapter] for adapter in active)
-    return "select" if len(active) == 1 or 2 * rows <= stack.num_rows else "stacked"
+    if len(active) <= 1:
+        return "select" if active else "none"
+    return "select" if 2 * sum(stack.ranks[adapter] for adapter in active) <= stack.num_rows else "stacked"
 
 
-def choose_sparse(stack: LoraStack, gates: torch.Tensor) -> Strategy:
-    """The measured policy for gates with indices; the README has the figures."""
-    chosen = gates.shape[-1]
-    if gates.dim() == 1 or gates.shape[1] == 1:
+def choose_sparse(stack: LoraStack, gates: torch.Tensor, tokens: int) -> Strategy:
+    """The cheapest strategy for gates with indices, by the cost model of ``compose.kernels.policy``.
+
+    Args:
+        stack: Of the target.
+        gates: ``(K,)``, ``(B, 1, K)`` or ``(B, T, K)``.
+        tokens: ``B T``.
+    """
+    chosen, width = gates.shape[-1], stack.a_RD.shape[1] + stack.b_RO.shape[1]
+    if gates.dim() == 1:
         return "gather" if 2 * chosen * stack.max_rank <= stack.num_rows else "scatter"
-    if stack.num_rows <= 64 * chosen or torch.compiler.is_compiling():
-        return "scatter"
-    return "pairs"
+    entries = gates.shape[0] * gates.shape[1]
+    costs: dict[Strategy, float] = {
+        "scatter": stacked_cost(tokens, stack.num_rows, width),
+        "gather": gather_cost(entries, tokens, chosen * stack.max_rank, width, cached=False),
+    }
+    if entries == tokens and not torch.compiler.is_compiling():
+        costs["pairs"] = segments_cost(tokens * chosen, min(stack.num_adapters, tokens * chosen), width)
+    return min(costs, key=costs.__getitem__)
 
 
 def _dense(call: _Call, strategy: Strategy | None) -> torch.Tensor:
     stack, gates = call.stack, call.gates
-    active = active_adapters(stack, gates)
+    active = active_gates(stack, gates)
     strategy = strategy or choose_dense(stack, active)
     if strategy == "stacked" or active is None:
         return _stacked(call, gates)
     if strategy == "none":
         return _nothing(call.x_BTD, stack, call.base_BTO)
     if len(active) == 1:
-        rows = slice(stack.offsets[active[0]], stack.offsets[active[0] + 1])
-        number = gates[active[0]].item() * stack.scaling_E[active[0]].item()
-        return lowrank(
-            call.x_BTD, stack.a_RD[rows], stack.b_RO[rows], number, call.base_BTO, reuse_base=call.reuse_base
-        )
+        ((adapter, gate),) = active.items()
+        a, b = stack.factors(adapter)
+        number = gate * stack.scaling_E[adapter].item()
+        return lowrank(call.x_BTD, a, b, number, call.base_BTO, reuse_base=call.reuse_base)
     rows_R = torch.cat([torch.arange(stack.offsets[adapter], stack.offsets[adapter + 1]) for adapter in active])
     a, b = stack.a_RD.index_select(0, rows_R), stack.b_RO.index_select(0, rows_R)
     c = stack.row_coefficients(gates).index_select(0, rows_R).to(call.x_BTD.dtype)
@@ -126,7 +136,7 @@ def _stacked(call: _Call, gates: torch.Tensor) -> torch.Tensor:
 
 
 def _sparse(call: _Call, indices: torch.Tensor, strategy: Strategy | None) -> torch.Tensor:
-    strategy = strategy or choose_sparse(call.stack, call.gates)
+    strategy = strategy or choose_sparse(call.stack, call.gates, call.x_BTD.shape[0] * call.x_BTD.shape[1])
     if strategy == "scatter":
         return _stacked(call, scatter(call.gates, indices, call.stack.num_adapters))
     if strategy == "pairs":
@@ -150,10 +160,12 @@ def _gather(call: _Call, indices: torch.Tensor) -> torch.Tensor:
     stack = call.stack
     line = torch.where(indices < 0, stack.num_adapters, indices)
     line = line.squeeze(1) if line.dim() == 3 else line
-    rows = stack.row_table_Er[line].flatten(-2)
-    valid = stack.row_valid_Er[line].flatten(-2)
-    a = stack.a_RD.index_select(0, rows.reshape(-1)).view(*rows.shape, -1).masked_fill(~valid[..., None], 0.0)
-    b = stack.b_RO.index_select(0, rows.reshape(-1)).view(*rows.shape, -1).masked_fill(~valid[..., None], 0.0)
+    rows = stack.index.table_Er[line].flatten(-2)
+    valid = stack.index.valid_Er[line].flatten(-2)
+    a = stack.a_RD.index_select(0, rows.reshape(-1)).view(*rows.shape, stack.a_RD.shape[1])
+    b = stack.b_RO.index_select(0, rows.reshape(-1)).view(*rows.shape, stack.b_RO.shape[1])
+    if torch.compiler.is_compiling() or valid.device.type != "cpu" or not bool(valid.all()):
+        a, b = a.masked_fill(~valid[..., None], 0.0), b.masked_fill(~valid[..., None], 0.0)
     scaled = call.gates * stack.scaling_E.to(call.gates.dtype)[indices.clamp(min=0)]
     c = scaled.repeat_interleave(stack.max_rank, dim=-1).to(call.x_BTD.dtype)
     c = torch.where(valid if c.dim() == 1 else valid[:, None], c, 0.0)
@@ -174,9 +186,8 @@ def _pairs(call: _Call, indices: torch.Tensor) -> torch.Tensor:
         if adapter < 0:
             parts.append(sorted_x.new_zeros(count, stack.b_RO.shape[1]))
         else:
-            rows = slice(stack.offsets[adapter], stack.offsets[adapter + 1])
             c = sorted_c[None, start:stop, None]
-            parts.append(lowrank(sorted_x[None, start:stop], stack.a_RD[rows], stack.b_RO[rows], c, None)[0])
+            parts.append(lowrank(sorted_x[None, start:stop], *stack.factors(adapter), c, None)[0])
         start = stop
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from compose.errors import IncompatibleError, UnknownNameError
-from compose.kernels.checks import autocast_dtype, cast_stack, check_id_range, check_operands, resolve_backend
+from compose.kernels.checks import autocast_dtype, check_id_range, check_operands, resolve_backend
 from compose.kernels.mixture_lora import cpu, reference
 from compose.kernels.stack import LoraStack
 
@@ -60,7 +60,7 @@ def mixture_lora(
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, stack, base = x.to(dtype), cast_stack(stack, dtype), None if base is None else base.to(dtype)
+        x, stack, base = x.to(dtype), stack.cast(dtype), None if base is None else base.to(dtype)
     if combine not in ("outputs", "parameters"):
         raise UnknownNameError(f"mixture_lora: unknown combine {combine!r}; known: outputs, parameters")
     check_operands("mixture_lora", x, stack, base)
@@ -71,8 +71,9 @@ def mixture_lora(
 
 def _check_gates(x: torch.Tensor, stack: LoraStack, gates: torch.Tensor, indices: torch.Tensor | None) -> None:
     """Refuse gates or indices that do not fit ``x`` and the stack."""
-    lead, width = gates.shape[:-1], "K" if indices is not None else stack.num_adapters
-    if gates.dim() not in (1, 2, 3) or gates.dim() > x.dim() or lead != x.shape[: len(lead)]:
+    dims = gates.dim()
+    if not 1 <= dims <= x.dim() or (dims > 1 and gates.shape[:-1] != x.shape[: dims - 1]):
+        width = stack.num_adapters if indices is None else "K"
         allowed = [f"({', '.join(map(str, (*x.shape[:dims], width)))})" for dims in range(x.dim())]
         raise IncompatibleError(
             f"mixture_lora: gates for x {tuple(x.shape)} must be {' or '.join(allowed)}, got {tuple(gates.shape)}"

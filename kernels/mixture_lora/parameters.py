@@ -40,7 +40,7 @@ def _factor_sum(gates: torch.Tensor, factor: torch.Tensor, stack: LoraStack) -> 
     if all(other == rank for other in stack.ranks):
         padded = factor.reshape(stack.num_adapters, rank * width)
     else:
-        table, valid = stack.row_table_Er[:-1], stack.row_valid_Er[:-1]
+        table, valid = stack.index.table_Er[:-1], stack.index.valid_Er[:-1]
         padded = factor.index_select(0, table.reshape(-1)).view(stack.num_adapters, rank, width)
         padded = padded.masked_fill(~valid[..., None], 0.0).view(stack.num_adapters, rank * width)
     return (gates @ padded).view(*gates.shape[:-1], rank, width)
@@ -51,8 +51,8 @@ def _contractions(
 ) -> torch.Tensor:
     """Per token: ``h = Σ_e g_e √|s_e| A_e x`` from one stacked product, then ``Σ_e g_e … B_e h`` from another."""
     gates_a, gates_b = _signed_roots(stack, gates, x_BTD.dtype)
-    position_Rr = torch.nn.functional.one_hot(stack.row_position_R, stack.max_rank).to(x_BTD.dtype)
-    c_a = gates_a.index_select(-1, stack.row_adapter_R)
-    c_b = gates_b.index_select(-1, stack.row_adapter_R)
+    position_Rr = torch.nn.functional.one_hot(stack.index.position_R, stack.max_rank).to(x_BTD.dtype)
+    c_a = gates_a.index_select(-1, stack.index.adapter_R)
+    c_b = gates_b.index_select(-1, stack.index.adapter_R)
     h_BTr = lowrank(x_BTD, stack.a_RD, position_Rr, c_a, None)
     return lowrank(h_BTr, position_Rr, stack.b_RO, c_b, base_BTO, reuse_base=reuse_base)
