@@ -211,14 +211,15 @@ def _resolve(
             targets[path] = _target(parsed, path, keys.pairs[path], tensors)
         except AdapterFormatError as error:
             problems.append(str(error))
+    embeddings = [path for path, target in targets.items() if target.kind == "embedding"]
     full = {path: FullTensorHeader(*tensors[name], name) for path, name in keys.full.items()}
     problems += check_targets(parsed, list(keys.pairs)) + check_full_modules(parsed, list(full))
     problems += [
         f"{entry.key} is used by nothing: neither a LoRA factor, nor in modules_to_save, nor a copy of an embedding"
         for path, entry in full.items()
-        if not is_embedding_copy(path, targets) and not any(is_inside(path, name) for name in parsed.full_modules)
+        if not is_embedding_copy(path, embeddings) and not any(is_inside(path, name) for name in parsed.full_modules)
     ]
-    if parsed.tied and (full or any(target.kind == "embedding" for target in targets.values())):
+    if parsed.tied and (full or embeddings):
         problems.append(
             "ensure_weight_tying is set on an adapted embedding: the update is shared by two modules; untie it"
         )

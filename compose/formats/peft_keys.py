@@ -100,13 +100,17 @@ def parse_keys(names: Iterable[str]) -> ParsedKeys:
     return parsed
 
 
-def is_embedding_copy(path: str, targets: Collection[str]) -> bool:
-    """Return whether a full parameter is a copy of a whole embedding (PEFT's ``save_embedding_layers``)."""
+def is_embedding_copy(path: str, embeddings: Collection[str]) -> bool:
+    """Return whether a full parameter is a copy of a whole embedding (PEFT's ``save_embedding_layers``).
+
+    Args:
+        path: Of the parameter.
+        embeddings: The adapter's targets that are embeddings, beside the usual names.
+    """
     module, _, parameter = path.rpartition(".")
     wrapped = module.removesuffix(".base_layer")
-    return parameter == "weight" and (
-        wrapped.rpartition(".")[2] in EMBEDDING_NAMES or (wrapped != module and wrapped in targets)
-    )
+    usual = wrapped.rpartition(".")[2] in EMBEDDING_NAMES
+    return parameter == "weight" and (usual or (wrapped != module and wrapped in embeddings))
 
 
 def strip_prefix(name: str) -> str:

@@ -122,6 +122,7 @@ def _maths(adapter: Adapter) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": False,
+        "init_lora_weights": True,  # PEFT runs it again at loading; "orthogonal" then fails on odd ranks
         "rank_pattern": {_anchored(path): update.rank for path, update in updates.items() if update.rank != rank},
         "alpha_pattern": {_anchored(path): value for path, value in alphas.items() if value != alpha},
         "modules_to_save": _modules_to_save(adapter),
@@ -143,7 +144,8 @@ def _anchored(path: str) -> str:
 def _modules_to_save(adapter: Adapter) -> list[str] | None:
     """Keep the source's list while it covers the full modules exactly, else name every full parameter's module."""
     listed = adapter.config.get("modules_to_save") or []
-    plain = [path for path in adapter.full_modules if not is_embedding_copy(path, adapter.targets)]
+    embeddings = [path for path, update in adapter.targets.items() if update.kind == "embedding"]
+    plain = [path for path in adapter.full_modules if not is_embedding_copy(path, embeddings)]
     covered = all(any(is_inside(path, name) for name in listed) for path in plain)
     if covered and all(any(is_inside(path, name) for path in adapter.full_modules) for name in listed):
         return listed or None
