@@ -35,15 +35,7 @@ def publish_folder(files: Mapping[str, bytes], folder: Path, *, overwrite: bool 
         for name, data in files.items():
             _write_durably(fresh / name, data)
         _sync_folder(fresh)
-        if replaces:
-            folder.rename(old)
-        try:
-            fresh.rename(folder)
-        except BaseException:
-            if replaces:
-                old.rename(folder)
-            raise
-        _sync_folder(folder.parent)
+        _swap_in(fresh, folder, old if replaces else None)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     if replaces:
@@ -52,6 +44,21 @@ def publish_folder(files: Mapping[str, bytes], folder: Path, *, overwrite: bool 
         else:
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _swap_in(fresh: Path, folder: Path, old: Path | None) -> None:
+    """Rename ``folder`` to ``old`` and ``fresh`` to ``folder``; on a failure both are undone."""
+    try:
+        if old is not None:
+            folder.rename(old)
+        fresh.rename(folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        if not fresh.exists() and folder.exists():
+            folder.rename(fresh)
+        if old is not None and old.exists():
+            old.rename(folder)
+        raise
 
 
 def _write_durably(path: Path, data: bytes) -> None:

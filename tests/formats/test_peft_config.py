@@ -13,8 +13,11 @@ from compose.formats.peft import read_adapter
 from compose.formats.peft_config import parse_config, parse_pattern
 from compose.formats.peft_write import exact_alpha
 
-KEYS = ["q", "a.q", "layers.0.q", "^m.layers.0.q", r"^m\.layers\.0\.q", r"layers\.0\.q", "ayers.0.q", "l.0.q", "q$", "^q", "m",
-        "layers.0", "layersX0.q", "......0.q", "", "^", r"m-1\.q", r"m\-1\.q", "^m.layers.10.q$", "0.q", "..q"]  # fmt: skip
+KEYS = (
+    r"""q a.q layers.0.q ^m.layers.0.q ^m\.layers\.0\.q layers\.0\.q ayers.0.q l.0.q q$ ^q m layers.0 layersX0.q ......0.q
+    ^ m-1\.q m\-1\.q ^m.layers.10.q$ 0.q ..q""".split()
+    + [""]
+)
 PATHS = ["q", "a.q", "b.a.q", "m.layers.0.q", "m.layers.10.q", "m.layersX0.q", "m-1.q", "x.m.layers.0.q", "m", "aq"]
 
 
@@ -84,11 +87,17 @@ def test_ranks_come_from_the_tensors_and_must_fit_the_configuration(make_folder,
         read_adapter(make_folder("pattern", rank_pattern={"q": 3}))
 
 
-@pytest.mark.parametrize("field", ["target_modules", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern"])
+@pytest.mark.parametrize(
+    "field", ["target_modules", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern"]
+)
 @pytest.mark.parametrize("pattern", ["(([a-z0-9_.])+)+X", "(a|a)*$", r"(.*)*\1", "(" * 50])
 def test_no_pattern_of_a_file_is_run(field, pattern, make_folder):
     started = time.process_time()
-    fields = {field: {pattern: 4 if field == "alpha_pattern" else 2} if field.endswith("k_pattern") or field == "alpha_pattern" else pattern}
+    fields = {
+        field: {pattern: 4 if field == "alpha_pattern" else 2}
+        if field.endswith("k_pattern") or field == "alpha_pattern"
+        else pattern
+    }
     read_adapter(make_folder("x", **fields))
     assert time.process_time() - started < 1
 
@@ -151,7 +160,9 @@ def test_every_variant_is_refused_by_name_with_a_next_step(field, make_folder):
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "PiSSA", "olora", "corda", "loftq", "lora_ga", "mica", 3])
 def test_initialisations_that_change_the_base_are_refused(init, make_folder):
-    with pytest.raises(AdapterFormatError, match=f"init_lora_weights .*{init}.*path_initial_model_for_weight_conversion"):
+    with pytest.raises(
+        AdapterFormatError, match=f"init_lora_weights .*{init}.*path_initial_model_for_weight_conversion"
+    ):
         read_adapter(make_folder("x", init_lora_weights=init))
 
 
@@ -196,7 +207,7 @@ def test_fields_of_wrong_type_or_range_are_refused_by_name(field, value, make_fo
 
 
 def test_absurd_scalings_are_refused(make_folder):
-    with pytest.raises(AdapterFormatError, match="scaling .* beyond the limit"):
+    with pytest.raises(AdapterFormatError, match=r"scaling .* beyond the limit"):
         read_adapter(make_folder("x", lora_alpha=1e30))
 
 
@@ -222,7 +233,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-field_names = st.sampled_from([*WRONG, *VARIANTS, "init_lora_weights", "layers_pattern", "exclude_modules", "task_type", "x"])
+field_names = st.sampled_from(
+    [*WRONG, *VARIANTS, "init_lora_weights", "layers_pattern", "exclude_modules", "task_type", "x"]
+)
 
 
 @given(st.dictionaries(field_names, json_values, max_size=4))
