@@ -65,12 +65,12 @@ def run_demo(out: Path) -> list[dict[str, Any]]:
     """Run the three searches and write their folders and the index; return one row per task."""
     from compose.bank import Bank
     from compose.cli.demo_files import demo_paths
-    from compose.fewshot.loading import load_model
+    from compose.cli.loading import load_base
     from compose.report.index import render_index
 
     base, bank_folder = demo_paths()
     bank = Bank.open(bank_folder)
-    loaded = load_model(base)
+    loaded = load_base(base)
     note(f"loaded the base model and {len(bank)} adapters from {base.parent}")
     rows = [_run_task(loaded, bank, shown, out) for shown in TASKS]
     (out / "index.html").write_text(render_index(rows), encoding="utf-8")

@@ -57,10 +57,10 @@ def generate(  # noqa: PLR0913 - one parameter per option
     if (adapter or weights) and not folders:
         raise ComposeError("--adapter and --weights need --bank DIR")
     from compose.cli.chosen_weights import one_adapter, read_weights
-    from compose.fewshot.loading import load_model
+    from compose.cli.loading import load_base
 
     chosen = read_weights(weights) if weights is not None else None if adapter is None else one_adapter(adapter)
-    loaded = load_model(base_path, device=device, dtype=dtype)
+    loaded = load_base(base_path, device=device, dtype=dtype)
     answers = _answers(loaded, prompts, folders, chosen, max_new_tokens)
     if json:
         outputs = [{"prompt": given, "text": text} for given, text in zip(prompts, answers, strict=True)]

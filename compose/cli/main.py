@@ -62,12 +62,19 @@ def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(compose.__version__)
         raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 def _add(app: typer.Typer, name: str, command: Command) -> None:
@@ -82,8 +89,7 @@ def _add(app: typer.Typer, name: str, command: Command) -> None:
 
 
 def _examples(lines: tuple[str, ...]) -> str:
-    """Return an epilog; typer joins the lines of a paragraph, so each example is a paragraph."""
-    return "\n\n".join(("[bold]Examples[/bold]", *(f"  $ {line}" for line in lines)))
+    return "\n".join(("[bold]Examples[/bold]", *(f"  $ {line}" for line in lines)))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,12 @@ class SearchProgress:
                 self._task, description=description, completed=event.cost, total=event.budget, best=best, cost=cost
             )
         elif event.stage != self._stage:
-            seconds = time.monotonic() - self._started
-            note(f"{self._title}: {event.stage}, best {best}, cost {cost}, {seconds:.1f} s")
+            seconds = f"{time.monotonic() - self._started:.1f} s"
+            parts = [
+                event.stage,
+                f"cost {cost}" if event.cost else "",
+                "" if best == NONE else f"best {best}",
+                seconds,
+            ]
+            note(f"{self._title}: {', '.join(part for part in parts if part)}")
         self._stage = event.stage

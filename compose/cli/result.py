@@ -15,11 +15,11 @@ SHOWN_WEIGHTS = 10
 
 def show_run(report: Report, folder: str | None) -> None:
     """Print choice and reason, controls, weights, cost and where the files are."""
-    from compose.report.html import CHOICES, duration, size
+    from compose.report.html import CHOICES, duration, sentence, size
 
     search, output = report["search"], report["output"]
     say(CHOICES.get(search["choice"], search["choice"]), "bold")
-    say(search["reason"])
+    say(sentence(search["reason"]))
     say("")
     show_controls(report)
     show_weights(report)
@@ -83,17 +83,32 @@ def show_weights(report: Report) -> None:
 def show_plan(plan: Mapping[str, Any]) -> None:
     """Print a dry run: simple values as facts, lists of objects as tables, warnings last."""
     simple = {name: value for name, value in plan.items() if not isinstance(value, Mapping | list | tuple)}
-    print_facts(simple, title="Plan (nothing was searched or written)")
+    print_facts(
+        {_words(name): _amount(name, value) for name, value in simple.items()},
+        title="Plan (nothing was searched or written)",
+    )
     for name, value in plan.items():
         if isinstance(value, Mapping):
             print_facts(value, title=f"\n{name}")
         elif _is_rows(value):
             columns = list(value[0])
             say("")
-            print_table(columns, [[str(row.get(column, "")) for column in columns] for row in value], title=name)
+            print_table(columns, [[_amount(name, row.get(name, "")) for name in columns] for row in value], title=name)
         elif isinstance(value, list | tuple):
             for item in value:
                 say(f"{name.rstrip('s')}: {item}")
+
+
+def _words(name: str) -> str:
+    return name.removesuffix("_bytes").replace("_", " ")
+
+
+def _amount(name: str, value: Any) -> str:
+    from compose.report.html import size
+
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return size(value) if name.endswith("bytes") else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _is_rows(value: Any) -> bool:
@@ -121,5 +136,8 @@ def _share(value: Mapping[str, float] | None) -> str:
 def _gap(value: Mapping[str, float] | None) -> str:
     if value is None:
         return NONE
+    if value["low"] == value["high"] == 0:
+        return "equal"
     clear = value["low"] > 0 or value["high"] < 0
+    return f"{100 * value['mean']:+.0f} points{'' if clear else ', unclear'}"
     return f"{100 * value['mean']:+.0f} points{'' if clear else ', unclear'}"

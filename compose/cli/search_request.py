@@ -96,8 +96,8 @@ class SearchRequest:
             ComposeError: Any of them is not there or not readable.
         """
         from compose.bank import Bank
+        from compose.cli.loading import load_base
         from compose.fewshot.examples import read_examples
-        from compose.fewshot.loading import load_model
 
         if self.demo is not None:
             from compose.cli.demo_files import demo_examples, demo_paths, demo_task
@@ -111,7 +111,7 @@ class SearchRequest:
             test = [] if self.test is None else read_examples(self.test)
             bank = Bank.open(list(self.bank or []))
             base = _given(self.base)
-        return SearchInputs(load_model(base, device=self.device, dtype=self.dtype), bank, examples, test)
+        return SearchInputs(load_base(base, device=self.device, dtype=self.dtype), bank, examples, test)
 
     def _input_problems(self) -> list[str]:
         paths = {"--base": self.base, "--bank": self.bank, "--examples": self.examples, "--test": self.test}

@@ -71,7 +71,9 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(number=svg.number, percent=svg.percent, cut=_cut, duration=duration, size=size)
+    made.filters.update(
+        number=svg.number, percent=svg.percent, cut=_cut, duration=duration, size=size, sentence=sentence
+    )
     return made
 
 
@@ -97,6 +99,16 @@ def _moment(created: str) -> str:
         return datetime.fromisoformat(created).strftime("%Y-%m-%d %H:%M %Z").strip()
     except ValueError:
         return printable(created)
+
+
+def sentence(text: str) -> str:
+    """Return ``text`` with a capital first letter and a full stop."""
+    text = _capital(text.strip())
+    return text + ("" if text.endswith((".", "!", "?")) or not text else ".")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _clean(value: Any) -> Any:
@@ -148,7 +160,10 @@ def _control_rows(report: Report) -> list[dict[str, Any]]:
     for control in report["controls"]:
         gap = (control["test"] or {}).get("minus_composed")
         clear = bool(gap) and (gap["low"] > 0 or gap["high"] < 0)
-        rows.append({**_clean(control), "gap": gap, "clear": clear, "main": control["name"] == "composed"})
+        label = _capital(printable(control["label"]))
+        rows.append(
+            {**_clean(control), "label": label, "gap": gap, "decided": clear, "main": control["name"] == "composed"}
+        )
     return rows
 
 
@@ -184,7 +199,7 @@ def _dot_plot(
     write = svg.percent if share else svg.number
     rows = [
         {
-            "label": printable(control["label"]),
+            "label": _capital(printable(control["label"])),
             "value": write(value["mean"]),
             "main": control["name"] == "composed",
             "svg": svg.interval_row(
@@ -245,7 +260,11 @@ def _weight_row(name: str, drawing: Markup, value: str) -> dict[str, Any]:
 
 def _course(report: Report) -> dict[str, Any]:
     history = [point for point in report["search"]["history"] if all(part is not None for part in point)]
-    return {"svg": svg.convergence(history), "points": len(history)}
+    return {
+        "svg": svg.convergence(history),
+        "points": len(history),
+        "dots": any(point[1] != point[2] for point in history),
+    }
 
 
 def _shots(report: Report) -> dict[str, Any]:
@@ -263,7 +282,9 @@ def _shots(report: Report) -> dict[str, Any]:
         for index, example in enumerate(examples)
         if example["loss_base"] is not None and example["loss_composed"] is not None
     ]
-    return {"rows": rows, "axis": svg.axis_row(scale), "left_out": len(report["examples"]) - len(examples)}
+    texts = any(example[name] is not None for example in examples for name in ("text_base", "text_composed"))
+    left_out = len(report["examples"]) - len(examples)
+    return {"rows": rows, "axis": svg.axis_row(scale), "left_out": left_out, "texts": texts}
 
 
 def _bank_rows(report: Report) -> list[dict[str, Any]]:

@@ -37,8 +37,10 @@ class Scale:
         low, high = min(finite), max(finite)
         if high - low < 1e-9 * max(1.0, abs(high)):
             low, high = low - 0.5, high + 0.5
-        step = _step(low, high)
-        return cls(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
+        for _ in range(2):  # a widened range may have a larger step
+            step = _step(low, high)
+            low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+        return cls(low, high)
 
     def at(self, value: float) -> float:
         """Return the position of ``value`` in percent, held inside the axis; NaN stands at the high end."""
@@ -156,7 +158,7 @@ def short(value: float) -> str:
 def convergence(history: Sequence[Sequence[float]], *, height: int = 240, limit: int = 400) -> Markup:
     """Return the search's course: every evaluated value as a dot and the best so far as a stepped line.
 
-    Values far above the rest (beyond twice the span of the lower 90 %) are drawn at the upper edge, so that one bad
+    Values far above the rest (by more than the span of the lower 90 %) are drawn at the upper edge, so that one bad
     candidate does not flatten the line.
 
     Args:
@@ -173,7 +175,8 @@ def convergence(history: Sequence[Sequence[float]], *, height: int = 240, limit:
         Markup('<circle class="value" cx="{:.2f}%" cy="{:.1f}" r="2.5"/>').format(
             horizontal.at(cost), _height_at(vertical, value, height)
         )
-        for cost, value, _ in points
+        for cost, value, best in points
+        if value != best
     )
     body = _plot_grid(horizontal, vertical, height) + Markup("").join(dots) + _stepped(points, horizontal, vertical)
     label = f"Best value {number(points[-1][2])} after {number(points[-1][0])} forward-equivalents"
@@ -221,7 +224,7 @@ def _height_at(vertical: Scale, value: float, height: int) -> float:
 def _ceiling(points: Sequence[Sequence[float]]) -> float:
     values = sorted(point[1] for point in points)
     ninth = values[int(0.9 * (len(values) - 1))]
-    return ninth + 2 * (ninth - values[0])
+    return ninth + (ninth - values[0])
 
 
 def _thin(points: Sequence[Sequence[float]], limit: int) -> list[Sequence[float]]:
