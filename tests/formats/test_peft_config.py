@@ -13,11 +13,29 @@ from compose.formats.peft import read_adapter
 from compose.formats.peft_config import parse_config, parse_pattern
 from compose.formats.peft_write import exact_alpha
 
-KEYS = (
-    r"""q a.q layers.0.q ^m.layers.0.q ^m\.layers\.0\.q layers\.0\.q ayers.0.q l.0.q q$ ^q m layers.0 layersX0.q ......0.q
-    ^ m-1\.q m\-1\.q ^m.layers.10.q$ 0.q ..q""".split()
-    + [""]
-)
+KEYS = [
+    "q",
+    "a.q",
+    "layers.0.q",
+    "^m.layers.0.q",
+    r"^m\.layers\.0\.q",
+    r"layers\.0\.q",
+    "ayers.0.q",
+    "l.0.q",
+    "q$",
+    "^q",
+    "m",
+    "layers.0",
+    "layersX0.q",
+    "......0.q",
+    "^",
+    r"m-1\.q",
+    r"m\-1\.q",
+    "^m.layers.10.q$",
+    "0.q",
+    "..q",
+    "",
+]
 PATHS = ["q", "a.q", "b.a.q", "m.layers.0.q", "m.layers.10.q", "m.layersX0.q", "m-1.q", "x.m.layers.0.q", "m", "aq"]
 
 
