@@ -17,7 +17,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # models here are too small for a second thread to pay
 
 
 def _tiny_llama() -> torch.nn.Module:

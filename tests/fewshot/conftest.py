@@ -59,7 +59,9 @@ def _adapter(model: torch.nn.Module, index: int, rank: int) -> Adapter:
 @pytest.fixture(scope="session")
 def task(loaded: LoadedModel, bank: Bank) -> list[Example]:
     """Twelve examples whose outputs are what the model writes with skill-2: nothing else explains them."""
-    prompts = [f"say {word}" for word in ("oak", "elm", "ash", "fir", "yew", "bay", "fig", "box", "may", "ivy", "rye", "oat")]
+    prompts = [
+        f"say {word}" for word in ("oak", "elm", "ash", "fir", "yew", "bay", "fig", "box", "may", "ivy", "rye", "oat")
+    ]
     ids = [loaded.tokenizer(f"{prompt}\n").input_ids for prompt in prompts]
     with compose.attach(loaded.model, bank) as attached, attached.using("skill-2"):
         rows = generate_tokens(loaded.model, ids, max_new_tokens=6, stop_ids=[1])
