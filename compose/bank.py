@@ -223,7 +223,7 @@ class Bank:
                 self._stacks[key] = self._build(*key) if exact is None else _converted(exact, *key)
             return dict(self._stacks[key])
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype to which all adapters' dtypes promote."""
         dtypes = {shape.dtype for entry in self._entries.values() for shape in entry.shapes.values()}

@@ -1,6 +1,7 @@
 """Ranks, scalings and targets from the configuration: PEFT's rules, and no pattern of a file is ever run."""
 
 import math
+import os
 import time
 
 import pytest
@@ -244,6 +245,20 @@ def test_harmless_unknown_fields_are_kept_and_noted(make_folder):
     assert [note for note in header.notes if "author" in note]
     assert [note for note in header.notes if "seed" in note]
     assert not [note for note in header.notes if "empty" in note]
+
+
+def test_the_configuration_file_is_bounded_and_regular(make_folder):
+    folder = make_folder("x", padding="x" * 2**20)
+    with pytest.raises(AdapterFormatError, match=r"adapter_config\.json: .* more than the limit of 1,048,576"):
+        read_adapter(folder)
+    path = folder / "adapter_config.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 900\n")
+    with pytest.raises(AdapterFormatError, match=r"Git LFS pointer.*git lfs pull"):
+        read_adapter(folder)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(AdapterFormatError, match=r"adapter_config\.json: not a regular file"):
+        read_adapter(folder)
 
 
 json_values = st.recursive(

@@ -82,6 +82,7 @@ HOSTILE = {
     "NaN": (raw({"a": entry()}, NAN), "not finite .* in a;"),
     "infinity": (raw({"a": entry((2,), 0, 8)}, FOUR + INF), "not finite .* in a;"),
     "NaN, bf16": (raw({"a": entry((2,), dtype="BF16")}, b"\0\0\xc0\x7f"), "not finite .* in a;"),
+    "infinity, bf16": (raw({"a": entry((2,), dtype="BF16")}, b"\0\0\x80\xff"), "not finite .* in a;"),
     "infinity, f16": (raw({"a": entry((2,), dtype="F16")}, b"\0\0\0\x7c"), "not finite .* in a;"),
     "NaN among dtypes": (
         raw({"a": entry(), "b": entry((1,), 4, 6, "BF16")}, FOUR + b"\xc0\x7f"),
