@@ -131,7 +131,7 @@ def _outer(z_BTR: torch.Tensor, x_BTD: torch.Tensor, factor_dim: int) -> torch.T
     """``zᵀ x`` summed over tokens: ``(R, D)``, or per batch row ``(B, R, D)``."""
     if factor_dim == 3:
         return torch.bmm(z_BTR.transpose(1, 2), x_BTD)
-    return torch.mm(z_BTR.reshape(-1, z_BTR.shape[-1]).t(), x_BTD.reshape(-1, x_BTD.shape[-1]))
+    return torch.mm(z_BTR.flatten(0, 1).t(), x_BTD.flatten(0, 1))
 
 
 def _sum_to(product_BTR: torch.Tensor, shape: torch.Size) -> torch.Tensor:

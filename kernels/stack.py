@@ -52,7 +52,9 @@ class LoraStack:
     ranks: tuple[int, ...]
     index: RowIndex = field(default=None, repr=False)  # type: ignore[assignment]  # filled in below
     offsets: tuple[int, ...] = field(init=False, repr=False)
-    _casts: dict[torch.dtype, tuple[tuple[int, int, int], LoraStack]] = field(init=False, repr=False, default_factory=dict)
+    _casts: dict[torch.dtype, tuple[tuple[int, int, int], LoraStack]] = field(
+        init=False, repr=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         rows = sum(self.ranks)

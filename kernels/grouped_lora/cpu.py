@@ -195,9 +195,7 @@ def _row_factors(
     return a, b, torch.where(valid_Nr, scaling_N[:, None], 0.0)[:, None]
 
 
-def _segments(
-    x_BTD: torch.Tensor, stack: LoraStack, plan: GroupPlan, base_BTO: torch.Tensor | None
-) -> torch.Tensor:
+def _segments(x_BTD: torch.Tensor, stack: LoraStack, plan: GroupPlan, base_BTO: torch.Tensor | None) -> torch.Tensor:
     """Sort entries by adapter, one pair of products per adapter, sort back."""
     entries = x_BTD if plan.ids.dim() == 1 else x_BTD.reshape(1, -1, x_BTD.shape[-1]).transpose(0, 1)
     sorted_x = entries.index_select(0, plan.order)
@@ -211,9 +209,7 @@ def _segments(
     return delta if base_BTO is None else base_BTO + delta
 
 
-def _traced(
-    x_BTD: torch.Tensor, stack: LoraStack, ids: torch.Tensor, base_BTO: torch.Tensor | None
-) -> torch.Tensor:
+def _traced(x_BTD: torch.Tensor, stack: LoraStack, ids: torch.Tensor, base_BTO: torch.Tensor | None) -> torch.Tensor:
     """No host reads, so ``torch.compile`` sees one graph: gather per batch row, mask the whole stack per token."""
     if ids.dim() == 1:
         return lowrank(x_BTD, *_row_factors(stack, ids, stack.max_rank, masked=True), base_BTO)

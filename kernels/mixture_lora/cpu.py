@@ -73,7 +73,9 @@ def active_gates(stack: LoraStack, gates: torch.Tensor) -> dict[int, float] | No
     """The gates that are not 0 by adapter, where leaving out the others is exact: one list of gates, nothing trained."""
     if gates.dim() != 1 or gates.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    trained = gates.requires_grad or stack.a_RD.requires_grad or stack.b_RO.requires_grad or stack.scaling_E.requires_grad
+    trained = (
+        gates.requires_grad or stack.a_RD.requires_grad or stack.b_RO.requires_grad or stack.scaling_E.requires_grad
+    )
     if trained and torch.is_grad_enabled():
         return None
     return {adapter: gate for adapter, gate in enumerate(gates.tolist()) if gate and stack.ranks[adapter]}

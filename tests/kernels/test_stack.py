@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compose.errors import IncompatibleError
+from compose.kernels.stack import LoraStack
+
+
+def test_row_coefficients_repeat_each_gate_times_its_scaling(make_stack):
+    stack = make_stack((2, 0, 1))
+    gates = torch.tensor([[1.0, 5.0, 3.0], [2.0, 7.0, -1.0]])
+    s = stack.scaling_E.tolist()
+    expected = torch.tensor([[s[0], s[0], 3 * s[2]], [2 * s[0], 2 * s[0], -s[2]]])
+    torch.testing.assert_close(stack.row_coefficients(gates), expected)
+
+
+def test_index_tells_owner_position_and_rows():
+    stack = LoraStack(torch.zeros(3, 2), torch.zeros(3, 2), torch.ones(3), (2, 0, 1))
+    assert stack.offsets == (0, 2, 2, 3)
+    assert stack.index.adapter_R.tolist() == [0, 0, 2]
+    assert stack.index.position_R.tolist() == [0, 1, 0]
+    assert stack.index.table_Er.tolist() == [[0, 1], [0, 0], [2, 2], [0, 0]]
+    assert stack.index.valid_Er.tolist() == [[True, True], [False, False], [True, False], [False, False]]
+
+
+def test_factors_are_views_of_one_adapter(make_stack):
+    stack = make_stack((2, 0, 1))
+    a, b = stack.factors(2)
+    torch.testing.assert_close(a, stack.a_RD[2:])
+    torch.testing.assert_close(b, stack.b_RO[2:])
+    assert a.data_ptr() == stack.a_RD[2:].data_ptr()
+
+
+def test_versions_change_with_an_in_place_write_and_are_absent_where_nothing_may_be_cached(make_stack):
+    stack = make_stack()
+    before = stack.versions()
+    stack.b_RO.mul_(2.0)
+    assert before is not None and stack.versions() != before
+    assert make_stack(trained=True).versions() is None
+    with torch.inference_mode():
+        assert make_stack().versions() is None
+
+
+def test_cast_is_kept_until_a_factor_is_written_to(make_stack):
+    stack = make_stack()
+    first = stack.cast(torch.float32)
+    assert stack.cast(torch.float32) is first
+    assert stack.cast(torch.float64) is stack
+    stack.a_RD.mul_(2.0)
+    torch.testing.assert_close(stack.cast(torch.float32).a_RD, 2 * first.a_RD)
+
+
+def test_cast_of_trained_factors_passes_gradients(make_stack):
+    stack = make_stack(trained=True)
+    stack.cast(torch.float32).a_RD.sum().backward()
+    torch.testing.assert_close(stack.a_RD.grad, torch.ones_like(stack.a_RD))
+
+
+def test_an_empty_stack_is_allowed():
+    stack = LoraStack(torch.zeros(0, 4), torch.zeros(0, 3), torch.ones(2), (0, 0))
+    assert (stack.num_adapters, stack.num_rows, stack.max_rank) == (2, 0, 0)
+    assert stack.row_coefficients(torch.ones(5, 2)).shape == (5, 0)
+
+
+def test_ranks_that_do_not_add_up_are_refused():
+    with pytest.raises(IncompatibleError, match="give 5 rows"):
+        LoraStack(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(2), (3, 2))
