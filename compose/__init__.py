@@ -28,7 +28,7 @@ _EXPORTS = {
     "write_adapter": "compose.formats.peft",
 }
 
-__all__ = [*sorted(_EXPORTS), "__version__"]  # noqa: PLE0604 - a list of strings, built from the table above
+__all__ = [*sorted(_EXPORTS), "__version__"]
 
 
 def __getattr__(name: str) -> object:

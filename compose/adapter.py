@@ -91,8 +91,8 @@ class Adapter:
         full_modules: Full replacement weights saved beside the adapter (PEFT ``modules_to_save``), by parameter path.
             They are kept and reported; composition never applies them.
         sha256: Hash of the weight file's bytes; ``""`` for an adapter made in memory.
-        source: The configuration's text and targets as read; None for an adapter made in memory. A format writes the text
-            back only while it still describes ``targets``, so values derived from this adapter may carry it along.
+        source: The configuration's text and targets as read; None for an adapter made in memory. A format writes
+            the text back only while it still describes ``targets``, so values derived from this adapter may carry it along.
     """
 
     name: str

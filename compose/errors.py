@@ -1,4 +1,4 @@
-"""Errors a caller can act on. Every message says what was wrong, what was given, what is allowed, and the next step."""
+"""Errors a caller can act on; every message says what was wrong, what was given, what is allowed, and what to do."""
 
 from __future__ import annotations
 

@@ -90,7 +90,9 @@ class AttachedModel:
     def __enter__(self) -> AttachedModel:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._attached:
             self.detach()
 
@@ -119,7 +121,7 @@ class AttachedModel:
     def using(
         self, selection: Selection | Mapping[str, float] | Sequence[str | None] | str | None
     ) -> Iterator[AttachedModel]:
-        """Set coefficients inside a ``with`` block and restore what was in force before, also after an exception."""
+        """Set coefficients inside a ``with`` block and restore what was in force before, whatever happens."""
         before = self._state.active
         self.set(selection)
         try:
@@ -218,7 +220,9 @@ def _fitting_modules(model: nn.Module, bank: Bank) -> dict[str, nn.Module]:
 def _hint(target: str, modules: Mapping[str, nn.Module]) -> str:
     suffix = [name for name in modules if name and (name.endswith("." + target) or target.endswith("." + name))]
     close = suffix or difflib.get_close_matches(target, modules, n=1)
-    return f"; did you mean {max(close, key=len)!r}? (load the model class the adapters were trained on)" if close else ""
+    return (
+        f"; did you mean {max(close, key=len)!r}? (load the model class the adapters were trained on)" if close else ""
+    )
 
 
 def _shape_of(module: nn.Module) -> tuple[str, int, int] | None:

@@ -59,7 +59,9 @@ class Coefficients:
     def check(self, targets: list[str], num_adapters: int) -> None:
         """Raise unless the values fit a bank of ``num_adapters`` and the groups cover ``targets``."""
         if self.num_adapters != num_adapters:
-            raise IncompatibleError(f"the bank holds {num_adapters} adapters, the coefficients have {self.num_adapters}")
+            raise IncompatibleError(
+                f"the bank holds {num_adapters} adapters, the coefficients have {self.num_adapters}"
+            )
         missing = [] if self.groups is None else [target for target in targets if target not in self.groups]
         if missing:
             raise IncompatibleError(f"groups name no group for target {missing[0]!r} (and {len(missing) - 1} more)")

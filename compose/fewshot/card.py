@@ -22,6 +22,10 @@ def card(report: dict[str, Any]) -> str:
             f"A LoRA adapter composed from {_used(report)} trained adapters ({output['combine']} combined, ranks "
             f"{output['rank_min']} to {output['rank_max']}, {output['targets']} targets)."
         )
+    found = (
+        f"Found by few-shot search on {report['data']['examples']} examples "
+        f"({search['cost']:.0f} forward-equivalents, {search['evaluations']} evaluations)."
+    )
     return "\n".join(
         [
             "---",
@@ -31,8 +35,7 @@ def card(report: dict[str, Any]) -> str:
             "# Composed adapter",
             "",
             made,
-            f"Found by few-shot search on {report['data']['examples']} examples "
-            f"({search['cost']:.0f} forward-equivalents, {search['evaluations']} evaluations).",
+            found,
             f"Choice: {search['reason']}.",
             "",
             "## Lineage",

@@ -1,4 +1,4 @@
-"""Controls: what a composition has to be compared with before anyone believes it (arXiv:2602.12323, spec search 1.6)."""
+"""Controls: what a composition has to be compared with before anyone believes it (arXiv:2602.12323)."""
 
 from __future__ import annotations
 

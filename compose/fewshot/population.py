@@ -107,7 +107,7 @@ class PopulationObjective:
         return Evaluation(losses=losses, gradients=gradients, cost=cost)
 
     def _chunks(self, population: int) -> Iterator[tuple[list[int], list[int]]]:
-        """Cut candidates x examples into forwards of at most ``max_tokens``; examples of like length stand together."""
+        """Cut candidates x examples into forwards of at most ``max_tokens``, examples of like length together."""
         position = 0
         while position < len(self._by_length):
             examples = [self._by_length[position]]

@@ -73,7 +73,7 @@ def preselect_by_ranker(
     """
     if ranker is None:
         raise ComposeError(
-            "preselect='embedding' needs a ranker (few_shot_search(..., ranker=...)); without one use 'loss' or 'random'"
+            "preselect='embedding' needs a ranker (few_shot_search(..., ranker=...)); else use 'loss' or 'random'"
         )
     ranked = list(dict.fromkeys(ranker(examples)))
     unknown = [name for name in ranked if name not in names]

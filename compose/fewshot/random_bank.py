@@ -10,7 +10,7 @@ from compose.bank import Bank
 
 
 def random_bank(bank: Bank, *, seed: int) -> Bank:
-    """Return a bank of the same names, targets, ranks and delta norms with Gaussian factors: a control without skill."""
+    """Return a bank of the same names, targets, ranks and delta norms, with Gaussian factors."""
     return Bank.from_adapters(
         [_random_like(bank[name], np.random.default_rng([seed, i])) for i, name in enumerate(bank.names)]
     )

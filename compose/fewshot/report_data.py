@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -27,25 +27,47 @@ SCHEMA_VERSION = 1
 _SHOWN_TEST_ITEMS = 12
 
 
-def build_report(
-    *,
-    loaded: LoadedModel,
-    bank: Bank,
-    candidates: Bank,
-    measured: Measured,
-    settings: SearchSettings,
-    outcome: SearchOutcome,
-    controls: Sequence[Control],
-    chosen: Preselection,
-    singles: np.ndarray,
-    composed: ComposedAdapter | None,
-    warnings: Sequence[str],
-    seconds: float,
-    output_bytes: int,
-    command: Sequence[str] | None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FinishedRun:
+    """Everything a report tells of.
+
+    Attributes:
+        loaded: The base model.
+        bank: All adapters offered.
+        candidates: The adapters that entered the search.
+        measured: Shots and test items.
+        settings: As given.
+        outcome: The search's result.
+        controls: The comparison, ``composed`` first.
+        chosen: The preselection.
+        singles: ``(N,)`` mean loss of every candidate alone on the shots.
+        composed: The new adapter, ``None`` when the base was chosen.
+        warnings: What the user should know.
+        seconds: Wall time of the search.
+        output_bytes: Size of the adapter's files.
+        command: The command line, if any.
+    """
+
+    loaded: LoadedModel
+    bank: Bank
+    candidates: Bank
+    measured: Measured
+    settings: SearchSettings
+    outcome: SearchOutcome
+    controls: Sequence[Control]
+    chosen: Preselection
+    singles: np.ndarray
+    composed: ComposedAdapter | None
+    warnings: Sequence[str]
+    seconds: float
+    output_bytes: int
+    command: Sequence[str] | None
+
+
+def build_report(run: FinishedRun) -> dict[str, Any]:
     """Return the report as plain JSON-able data."""
-    alone = {**chosen.alone, **dict(zip(candidates.names, map(float, singles), strict=True))}
+    bank, candidates, measured, controls = run.bank, run.candidates, run.measured, run.controls
+    alone = {**run.chosen.alone, **dict(zip(candidates.names, map(float, run.singles), strict=True))}
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "few-shot search",
@@ -56,22 +78,22 @@ def build_report(
             "transformers": version("transformers"),
             "python": platform.python_version(),
         },
-        "command": None if command is None else list(command),
-        "base": {"id": bank.base or getattr(loaded.model.config, "_name_or_path", "")},
+        "command": None if run.command is None else list(run.command),
+        "base": {"id": bank.base or getattr(run.loaded.model.config, "_name_or_path", "")},
         "bank": {"size": len(bank), "adapters": [_adapter_row(bank, name, candidates, alone) for name in bank.names]},
         "data": {
             "examples": len(measured.examples),
             "examples_sha256": examples_hash(measured.examples),
             "test": len(measured.test) or None,
         },
-        "settings": asdict(settings),
-        "search": _search_section(settings, outcome, chosen, seconds),
-        "weights": _weights_section(candidates, outcome),
+        "settings": asdict(run.settings),
+        "search": _search_section(run.settings, run.outcome, run.chosen, run.seconds),
+        "weights": _weights_section(candidates, run.outcome),
         "examples": _shots_section(measured, controls),
-        "controls": [_control_row(control, controls[0], settings) for control in controls],
+        "controls": [_control_row(control, controls[0], run.settings) for control in controls],
         "test_examples": _test_section(measured, controls),
-        "output": _output_section(settings, composed, output_bytes),
-        "warnings": [*warnings, *_search_warnings(outcome)],
+        "output": _output_section(run.settings, run.composed, run.output_bytes),
+        "warnings": [*run.warnings, *_search_warnings(run.outcome)],
     }
 
 

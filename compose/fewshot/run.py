@@ -38,7 +38,7 @@ from compose.fewshot.preselect import (
     single_losses,
 )
 from compose.fewshot.procedure import SearchOutcome, run_search, search_budget, search_groups
-from compose.fewshot.report_data import build_report
+from compose.fewshot.report_data import FinishedRun, build_report
 from compose.fewshot.run_folder import RunFolder
 from compose.fewshot.settings import SearchSettings
 from compose.formats.peft import adapter_files
@@ -77,7 +77,7 @@ class SearchRun:
     folder: Path | None
 
 
-def few_shot_search(
+def few_shot_search(  # noqa: PLR0913 - the one entry point: every option is a keyword
     loaded: LoadedModel,
     bank: Bank,
     examples: Sequence[Example],
@@ -144,10 +144,23 @@ def few_shot_search(
     composed = _compose(candidates, outcome, settings)
     files = {} if composed is None else adapter_files(composed.adapter)
     report = build_report(
-        loaded=loaded, bank=bank, candidates=candidates, measured=measured, settings=settings, outcome=outcome,
-        controls=controls, chosen=chosen, singles=singles, composed=composed, warnings=warnings, seconds=seconds,
-        output_bytes=sum(map(len, files.values())), command=command,
-    )  # fmt: skip
+        FinishedRun(
+            loaded,
+            bank,
+            candidates,
+            measured,
+            settings,
+            outcome,
+            controls,
+            chosen,
+            singles,
+            composed,
+            warnings,
+            seconds,
+            sum(map(len, files.values())),
+            command,
+        )  # fmt: skip
+    )
     path = None if folder is None else _publish(folder, files, report, render)
     return SearchRun(report, None if composed is None else composed.adapter, outcome.coefficients, path)
 

@@ -20,8 +20,8 @@ class SearchSettings:
     Attributes:
         strategy: A registered strategy or ``"auto"`` (staged, guarded).
         combine: ``"outputs"`` (sum of the adapters' outputs, exact for any ranks) or ``"parameters"`` (LoRAHub).
-        layers: Coefficients per adapter and group of layers: ``"each"`` layer, a number of groups, 1 for one per adapter;
-            ``None``: each layer for ``"auto"``, which decides by validation, and 1 for a named strategy.
+        layers: Coefficients per adapter and group of layers: ``"each"`` layer, a number of groups, 1 for one per
+            adapter; ``None``: each layer for ``"auto"``, which decides by validation, and 1 for a named strategy.
         budget: Forward-equivalents the search may spend; ``None``: 1000.
         evaluations: Candidates the search may evaluate (LoRAHub's way of counting); ``None``: no limit of its own.
         candidates: Adapters that enter the search at most.

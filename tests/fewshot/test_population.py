@@ -74,7 +74,7 @@ def test_gradients_equal_finite_differences_in_float64(loaded, bank, shots, comb
 
 
 def test_parameters_combined_equal_lorahubs_procedure_through_peft(loaded, bank, shots, tmp_path) -> None:
-    """arXiv:2307.13269 as published: weighted sums of the state dicts, loaded into one PEFT model, mean cross-entropy."""
+    """arXiv:2307.13269 as published: weighted sums of state dicts, loaded into one PEFT model, mean cross-entropy."""
     peft = pytest.importorskip("peft", reason="PEFT carries the published procedure")
     equal_rank = bank.select(["skill-0", "skill-3"])
     members = [equal_rank[name] for name in equal_rank.names]

@@ -34,10 +34,9 @@ def test_exact_match_strips_white_space_only(loaded, bank) -> None:
 
 def test_options_are_ranked_by_summed_log_likelihood(loaded, bank, task) -> None:
     items = [Example(item.input, item.output, (item.output, "zzz", "q")) for item in task[:4]]
-    with compose.attach(loaded.model, bank) as attached:
-        with attached.using("skill-2"):
-            found = score(loaded, items).options
-            losses = [[_total(loaded, item.input, choice) for choice in item.choices] for item in items]
+    with compose.attach(loaded.model, bank) as attached, attached.using("skill-2"):
+        found = score(loaded, items).options
+        losses = [[_total(loaded, item.input, choice) for choice in item.choices] for item in items]
     assert found.tolist() == [int(np.argmin(row)) == 0 for row in losses]
 
 
