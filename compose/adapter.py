@@ -92,7 +92,7 @@ class Adapter:
             They are kept and reported; composition never applies them.
         sha256: Hash of the weight file's bytes; ``""`` for an adapter made in memory.
         source: The configuration's text and targets as read; None for an adapter made in memory. A format writes
-            the text back only while it still describes ``targets``, so values derived from this adapter may carry it along.
+            the text back only while it still describes ``targets``, so values made from this one may keep it.
     """
 
     name: str

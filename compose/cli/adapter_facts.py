@@ -56,7 +56,7 @@ def _nothing(folder: Path) -> dict[str, Any]:
 
 
 def _facts(header: AdapterHeader) -> dict[str, Any]:
-    targets = {
+    targets: dict[str, dict[str, Any]] = {
         path: {
             "kind": target.kind,
             "rank": target.rank,

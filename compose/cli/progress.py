@@ -11,7 +11,7 @@ from compose.cli.console import note, stderr
 from compose.report.plain import NONE
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from compose.fewshot.run import ProgressEvent
 
@@ -28,7 +28,7 @@ class SearchProgress:
         self._stage = ""
         self._started = time.monotonic()
         self._bar: Progress | None = None
-        self._task = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> SearchProgress:
         console = stderr()

@@ -133,7 +133,7 @@ class AttachedModel:
         """Cut the targets into groups along the depth of the model, for coefficients per adapter and layer group.
 
         Args:
-            num_groups: How many groups of equal depth, at most the number of layers; ``None`` gives every layer its own.
+            num_groups: How many groups of equal depth, at most the number of layers; ``None``: every layer its own.
 
         Returns:
             Target -> group number, 0 nearest the input; a target outside the numbered layers stands with its

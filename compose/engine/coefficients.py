@@ -46,7 +46,7 @@ class Coefficients:
         if not self.values.is_floating_point() or scope not in (1, 2, 3):
             raise IncompatibleError(
                 "coefficients must be floating point of shape (E,), (B, E) or (B, T, E), with groups (G, ...); "
-                f"got {self.values.dtype} {tuple(self.values.shape)}{' with groups' if self.groups is not None else ''}"
+                f"got {self.values.dtype} {tuple(self.values.shape)}{' with groups' if self.groups else ''}"
             )
         if self.groups is not None and (bad := [g for g in self.groups.values() if not 0 <= g < len(self.values)]):
             raise IncompatibleError(f"group numbers must lie in [0, {len(self.values)}), got {bad[0]}")

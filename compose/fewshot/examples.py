@@ -66,10 +66,7 @@ def read_examples(path: str | Path) -> list[Example]:
 
 def examples_hash(examples: Sequence[Example]) -> str:
     """SHA-256 over the examples' contents, in order."""
-    rows = [
-        [example.input, example.output, example.choices, [dict(turn) for turn in example.messages]]
-        for example in examples
-    ]
+    rows = [[item.input, item.output, item.choices, [dict(turn) for turn in item.messages]] for item in examples]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode()).hexdigest()
 
 

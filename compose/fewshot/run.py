@@ -159,7 +159,7 @@ def few_shot_search(  # noqa: PLR0913 - the one entry point: every option is a k
             seconds,
             sum(map(len, files.values())),
             command,
-        )  # fmt: skip
+        )
     )
     path = None if folder is None else _publish(folder, files, report, render)
     return SearchRun(report, None if composed is None else composed.adapter, outcome.coefficients, path)

@@ -193,7 +193,7 @@ def _dot_plot(
     share: bool = False,
 ) -> dict[str, Any]:
     measured = [(control, control["test"].get(measure)) for control in controls]
-    found = [(control, value) for control, value in measured if value and math.isfinite(value["mean"])]
+    found = [(control, value) for control, value in measured if value is not None and math.isfinite(value["mean"])]
     reach = [part for _, value in found for part in value.values() if part is not None]
     axis = svg.Scale(0.0, 1.0) if share else svg.Scale.covering(reach, include=[0.0])
     write = svg.percent if share else svg.number

@@ -8,7 +8,6 @@ compositions of skills.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +19,7 @@ from compose.search.fit import Fit, Lane, Point, make_lanes, run_lanes, validate
 from compose.search.guard import Candidate, Guard, Kind, make_folds
 from compose.search.strategies.cma import Cma
 from compose.search.strategies.gradient import Gradient
+from compose.search.strategies.greedy import Greedy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,15 +41,15 @@ class Auto:
     Attributes:
         descent: Runs the scalar and layer-wise stages when the objective has gradients.
         without_gradient: Runs them when it has none.
-        pair_pool: Pairs are formed of so many best singles; 0 or 1 skips pairs.
-        pair_weights: Both adapters of a pair get each of these weights in turn.
+        forward: Forward selection after the singles; None skips it.
+        forward_share: Share of the budget left after the singles that it may spend.
         layerwise: Whether to run the last stage (only with more than one layer group).
     """
 
     descent: Gradient = field(default_factory=lambda: Gradient(race=5))
     without_gradient: Cma = field(default_factory=lambda: Cma(sigma0=0.25))
-    pair_pool: int = 4
-    pair_weights: tuple[float, ...] = (0.5, 1.0)
+    forward: Greedy | None = field(default_factory=lambda: Greedy(grid=(0.5, 1.0), max_adapters=4))
+    forward_share: float = 0.4
     layerwise: bool = True
 
 
@@ -104,8 +104,8 @@ class Staged:
         self._end("base", points, "no adapters")
         return points
 
-    def singles(self) -> tuple[list[Point], np.ndarray]:
-        """Evaluate every adapter alone; also return the rows evaluated (fewer than N when the budget is short)."""
+    def singles(self) -> list[Point]:
+        """Evaluate every adapter alone, in order as far as the budget goes; return each lane's best."""
         self._begin("singles")
         count = min(self._space.num_adapters, self._evaluator.affordable(gradient=False))
         rows = (
@@ -117,24 +117,6 @@ class Staged:
         if count:
             self.enter("single", points)
         self._end("singles", points, f"{count} adapters alone")
-        return points, rows
-
-    def pairs(self, singles: np.ndarray, pool: int, pair_weights: tuple[float, ...]) -> list[Point] | None:
-        """Evaluate pairs of each lane's ``pool`` best singles, as far as the budget goes; None when there are none."""
-        self._begin("pairs")
-        per_lane = [self._pair_rows(lane, singles, pool, pair_weights) for lane in self._lanes]
-        rows = list(dict.fromkeys(itertools.chain.from_iterable(per_lane)))
-        rows = rows[: self._evaluator.affordable(gradient=False)]
-        if not rows:
-            return None
-        known = dict(zip(rows, self._evaluator.losses(np.array(rows)), strict=True))
-        points = []
-        for lane, wanted in zip(self._lanes, per_lane, strict=True):
-            own = [row for row in wanted if row in known]
-            if not own:
-                return None
-            points.append(self._best(lane, np.array(own), np.stack([known[row] for row in own])))
-        self._end("pairs", points, f"{len(rows)} pairs of the best singles")
         return points
 
     def fit(
@@ -145,6 +127,7 @@ class Staged:
         *,
         evaluations: int = 1000,
         cost_limit: float = np.inf,
+        name: str | None = None,
     ) -> list[Point] | None:
         """Run a strategy in every lane.
 
@@ -154,11 +137,12 @@ class Staged:
             starts: Per lane ``(M, D of kind)``, or None for the strategy's own.
             evaluations: Told to the strategy as what it may expect.
             cost_limit: Total cost not to exceed.
+            name: Of the stage; the kind if None.
 
         Returns:
             The recommendation of every lane, or None when nothing could be paid for.
         """
-        self._begin(kind)
+        self._begin(name or kind)
         fitted = self._space.scalar() if kind == "scalar" else self._space
         lanes = [lane.fresh() for lane in self._lanes]
         given: Sequence[np.ndarray | None] = starts if starts is not None else [None] * len(lanes)
@@ -170,7 +154,7 @@ class Staged:
         fit = run_lanes(self._evaluator, self._space, fitted, lanes, states, self._guard, cost_limit)
         if fit is None:
             return None
-        self._end(kind, fit.points, _fit_note(strategy, fit, len(lanes) - 1))
+        self._end(name or kind, fit.points, _fit_note(strategy, fit, len(lanes) - 1))
         return fit.points
 
     def shrink(self, name: str, simple: list[Point], fitted: list[Point]) -> list[Point]:
@@ -196,7 +180,7 @@ class Staged:
             for number in range(len(positions))
         ]
         options.append(fitted)
-        scores = [self._validated(points) for points in options]
+        scores = [self.validated(points) for points in options]
         chosen = int(np.argmin(scores))
         position = [*positions, 1.0][chosen]
         self._end(name, options[chosen], f"kept {position:g} of the way from the simpler weights")
@@ -218,15 +202,8 @@ class Staged:
         best = int(np.argmin(values))
         return Point(rows[best], losses[best], float(values[best]))
 
-    def _pair_rows(
-        self, lane: Lane, singles: np.ndarray, pool: int, pair_weights: tuple[float, ...]
-    ) -> list[tuple[float, ...]]:
-        values = self._evaluator.losses(singles) @ lane.example_weights + self._space.penalty(singles)
-        best = np.argsort(values, kind="stable")[:pool].tolist()
-        pairs = [sorted(pair) for pair in itertools.combinations(best, 2)]
-        return [tuple(self._space.one_hot(pair, weight).tolist()) for pair in pairs for weight in pair_weights]
-
-    def _validated(self, points: list[Point]) -> float:
+    def validated(self, points: list[Point]) -> float:
+        """Return the cross-validated mean loss of every lane's point; 0 without folds."""
         losses = validated_losses(points, self._lanes)
         return 0.0 if losses is None else float(self._evaluator.example_weights @ losses)
 
@@ -236,7 +213,7 @@ class Staged:
 
     def _end(self, name: str, points: list[Point], note: str) -> None:
         evaluations, cost = self._mark
-        validated = None if len(self._lanes) == 1 else self._validated(points)
+        validated = None if len(self._lanes) == 1 else self.validated(points)
         spent = self._evaluator.evaluations - evaluations, self._evaluator.cost - cost
         self.stages.append(Stage(name, points[0].value, validated, *spent, note))
 
@@ -251,13 +228,13 @@ def run_auto(evaluator: Evaluator, space: Space, options: Auto, guard: Guard, se
     base = staged.base()
     if evaluator.affordable(gradient=False) == 0:
         return staged
-    single, rows = staged.singles()
+    single = staged.singles()
     screened = [base, single]
     if staged.num_lanes == 1 and guard.max_folds > 0:
         logger.warning("one example cannot be validated; only the base and the single adapters are considered")
         return staged
-    pair = staged.pairs(rows, options.pair_pool, options.pair_weights)
-    screened += [] if pair is None else [pair]
+    forward = _forward(evaluator, staged, options)
+    screened += [] if forward is None else [forward]
     layerwise = options.layerwise and space.num_groups > 1
     scalar = _scalar(evaluator, space, staged, options, screened, 0.5 if layerwise else 1.0)
     if layerwise:
@@ -281,14 +258,24 @@ def _scalar(
     evaluations = max(1, evaluator.affordable(gradient, limit) // staged.num_lanes)
     strategy: Strategy = options.descent if gradient else options.without_gradient
     fitted = staged.fit("scalar", strategy, starts, evaluations=evaluations, cost_limit=limit)
+    found = [] if len(screened) == 2 else [screened[2]]
     if fitted is not None:
-        fitted = staged.shrink("shrink", single, fitted)
-    elif len(screened) > 2:
-        fitted = [min(a, b, key=lambda point: point.value) for a, b in zip(single, screened[2], strict=True)]
-    if fitted is None:
+        found.append(staged.shrink("shrink", single, fitted))
+    if not found:
         return single
-    staged.enter("scalar", fitted)
-    return fitted
+    scalar = (
+        min(found, key=staged.validated) if staged.num_lanes > 1 else min(found, key=lambda points: points[0].value)
+    )
+    staged.enter("scalar", scalar)
+    return scalar
+
+
+def _forward(evaluator: Evaluator, staged: Staged, options: Auto) -> list[Point] | None:
+    """Add adapters one at a time; the folds decide how many."""
+    if options.forward is None:
+        return None
+    limit = evaluator.cost + options.forward_share * evaluator.affordable(gradient=False)
+    return staged.fit("scalar", options.forward, None, cost_limit=limit, name="forward")
 
 
 def _layerwise(evaluator: Evaluator, staged: Staged, options: Auto, scalar: list[Point]) -> None:
@@ -308,8 +295,8 @@ def _affordable_folds(evaluator: Evaluator, space: Space, options: Auto, guard: 
     """
     if guard.max_folds == 0 or not evaluator.differentiable:
         return guard.max_folds
-    pairs = options.pair_pool * (options.pair_pool - 1) // 2 * len(options.pair_weights)
-    left = evaluator.affordable(gradient=True) - (1 + space.num_adapters + 2 * pairs) / evaluator.rate(gradient=True)
+    left = evaluator.affordable(gradient=True) - (1 + space.num_adapters) / evaluator.rate(gradient=True)
+    left *= 1.0 if options.forward is None else 1.0 - options.forward_share
     stages = 2 if options.layerwise and space.num_groups > 1 else 1
     rows = FEWEST_STEPS + 2 * min(options.descent.race, FEWEST_STEPS)
     affordable = int(left / stages / rows) - 1

@@ -105,7 +105,8 @@ def test_trainer_trains_the_factors_only(tiny_model, make_bank, tmp_path) -> Non
         attached.set({"expert-0": 1.0, "expert-2": 0.5})
         options = transformers.TrainingArguments(
             str(tmp_path), max_steps=8, learning_rate=1e-2, per_device_train_batch_size=4, report_to=[],
-            save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no", gradient_checkpointing=True, seed=0,
+            save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no",
+            gradient_checkpointing=True, seed=0,
         )  # fmt: skip
         ids = torch.stack([row["input_ids"] for row in rows])
         before = float(model(input_ids=ids, labels=ids).loss)
