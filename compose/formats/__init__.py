@@ -6,6 +6,7 @@ module in this folder that registers itself; the bank and the law tests find it 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 FORMATS: Registry[AdapterFormat] = Registry("adapter format", package="compose.formats")
+_scanning = threading.Lock()
 
 
 def format_of(folder: Path) -> AdapterFormat:
@@ -32,10 +34,11 @@ def format_of(folder: Path) -> AdapterFormat:
     Raises:
         AdapterFormatError: No format, or more than one, recognises it.
     """
-    found = [name for name in FORMATS if FORMATS[name].matches(folder)]
+    known_formats = _known()
+    found = [name for name in known_formats if FORMATS[name].matches(folder)]
     if len(found) == 1:
         return FORMATS[found[0]]
-    known = ", ".join(FORMATS)
+    known = ", ".join(known_formats)
     if not found:
         raise AdapterFormatError(f"{folder}: not an adapter folder (known formats: {known})")
     raise AdapterFormatError(
@@ -55,7 +58,7 @@ def discover(folder: Path, formats: Sequence[str] | None = None) -> list[Path]:
     Raises:
         AdapterFormatError: ``folder`` is not a folder, or holds no adapter.
     """
-    names = list(FORMATS) if formats is None else list(formats)
+    names = _known() if formats is None else list(formats)
     if not folder.is_dir():
         raise AdapterFormatError(f"{folder}: no such folder; give an adapter folder or a folder of adapter folders")
     if any(FORMATS[name].matches(folder) for name in names):
@@ -67,3 +70,9 @@ def discover(folder: Path, formats: Sequence[str] | None = None) -> list[Path]:
             f"{folder}: neither an adapter nor a folder of adapters (known formats: {', '.join(names)})"
         )
     return found
+
+
+def _known() -> list[str]:
+    """Names of all formats; a thread that comes during the first look-up waits until the folder is scanned."""
+    with _scanning:
+        return list(FORMATS)

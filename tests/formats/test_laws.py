@@ -52,6 +52,21 @@ def test_write_then_read_is_identity_bit_for_bit(adapter_format, tmp_path, dtype
         assert path.read_bytes() == (tmp_path / "y" / path.name).read_bytes()
 
 
+def test_paths_that_end_in_one_another_keep_their_ranks(adapter_format, tmp_path):
+    targets = {
+        path: LowRank(torch.ones(rank, 3), torch.ones(2, rank), scaling)
+        for path, rank, scaling in (
+            ("q", 1, 0.5),
+            ("m.q", 2, 0.25),
+            ("m.m.q", 4, 2.0),
+            ("mxq", 8, 3.0),
+            ("z.q", 8, 1.0),
+        )
+    }
+    adapter = Adapter("x", "", targets)
+    assert_same(adapter, adapter_format.read(adapter_format.write(adapter, tmp_path / "x")))
+
+
 def test_views_are_written_as_what_they_show(adapter_format, tmp_path):
     big = torch.randn(10, 6)
     targets = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compose.errors import AdapterFormatError
 from compose.formats.peft import read_adapter
-from compose.formats.peft_config import parse_config, parse_pattern
+from compose.formats.peft_config import check_targets, parse_config, parse_pattern
 from compose.formats.peft_write import exact_alpha
 
 KEYS = [
@@ -140,6 +140,30 @@ def test_layers_to_transform_must_agree_with_the_tensors(make_folder):
         read_adapter(make_folder("one", layers_to_transform=0))
     with pytest.raises(AdapterFormatError, match="layers_to_transform names layer 2, but no tensor"):
         read_adapter(make_folder("three", layers_to_transform=[0, 1, 2]))
+
+
+@pytest.mark.parametrize("names", [None, "layers", ["layers"], ["blocks", "h"], ["m.layers"]])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "h.0.q",
+        "a.h.0.q",
+        "layers.0.q",
+        "m.layers.0.q",
+        "m.layers.1.q",
+        "m.layers.0.experts.1.q",
+        "m.layers.1.x.0.q",
+        "m.q.0",
+    ],
+)
+def test_layers_are_counted_as_in_peft(names, path):
+    peft = pytest.importorskip("peft")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    fields = {"target_modules": ["q", "0"], "layers_to_transform": [0], "layers_pattern": names}
+    ours = check_targets(parse_config({"peft_type": "LORA", **fields}), [path])
+    theirs = check_target_module_exists(peft.LoraConfig(**fields), path)
+    assert bool(theirs) == (not [problem for problem in ours if "leaves out" in problem])
 
 
 def test_modules_to_save_must_be_in_the_file(make_folder, tensors):

@@ -58,6 +58,7 @@ REFUSED = {
     "dora": (None, f"{Q}.lora_magnitude_vector", r"lora_magnitude_vector belongs to DoRA"),
     "lora bias": (None, f"{Q}.lora_B.bias", r"lora_B\.bias is a LoRA bias"),
     "lora bias, infix": (None, f"{Q}.lora_B.default.bias", r"lora_B\.default\.bias is a LoRA bias"),
+    "embedding bias": (None, "m.emb.lora_embedding_B.bias", r"lora_embedding_B\.bias is a LoRA bias"),
     "base bias": (None, f"{Q}.base_layer.bias", r"base_layer\.bias is used by nothing"),
     "adalora": (None, f"{Q}.lora_E", "belongs to AdaLoRA"),
     "kohya": (None, "m.layers.0.k.lora_down.weight", "belongs to kohya-style LoRA"),
