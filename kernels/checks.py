@@ -31,18 +31,19 @@ def check_operands(op: str, x: torch.Tensor, stack: LoraStack, base: torch.Tenso
         )
     if not x.dtype == a.dtype == b.dtype:
         raise IncompatibleError(
-            f"{op}: x and both factors need one dtype, got {x.dtype}, {a.dtype}, {b.dtype}; cast one side or use autocast"
+            f"{op}: x and both factors need one dtype, got {x.dtype}, {a.dtype}, {b.dtype}; cast one of them"
         )
     if not x.device == a.device == b.device == stack.scaling_E.device:
         raise IncompatibleError(
-            f"{op}: x is on {x.device}, the stack on {a.device}, {b.device}, {stack.scaling_E.device}; move one of them"
+            f"{op}: x is on {x.device}, the stack on {a.device}, {b.device} and {stack.scaling_E.device}; move one"
         )
     if base is None:
         return
     expected = (*x.shape[:-1], b.shape[1])
     if base.shape != expected or base.dtype != x.dtype or base.device != x.device:
         raise IncompatibleError(
-            f"{op}: base must be {expected} {x.dtype} on {x.device}, got {tuple(base.shape)} {base.dtype} on {base.device}"
+            f"{op}: base must be {expected} {x.dtype} on {x.device}, "
+            f"got {tuple(base.shape)} {base.dtype} on {base.device}"
         )
 
 

@@ -21,8 +21,8 @@ def lowrank(
 ) -> torch.Tensor:
     """Return ``base + ((x aᵀ) ∘ c) b``, ``(B, T, O)``; differentiable in every tensor.
 
-    Saved for backward is only what a gradient needs: ``h = x aᵀ`` (with ``c``) for the gradient of ``c``, ``x`` only when
-    ``a`` itself is trained.
+    Saved for backward is only what a gradient needs: ``h = x aᵀ`` (with ``c``) for the gradient of ``c``, ``x`` only
+    when ``a`` itself is trained.
 
     Args:
         x_BTD: Input.
@@ -30,7 +30,7 @@ def lowrank(
         b: ``(R, O)`` or ``(B, R, O)``, like ``a``.
         c: Coefficients that broadcast to ``(B, T, R)``, in the dtype of ``x``; a number costs no pass over ``h``.
         base_BTO: Added when given.
-        reuse_base: Add into ``base_BTO`` and return it when nothing is differentiated; otherwise the result is new memory.
+        reuse_base: Add into ``base_BTO`` and return it when nothing is differentiated; otherwise the result is new.
     """
     if torch.compiler.is_compiling():
         return _expand(_shrink(x_BTD, a) * c, b, base_BTO, 1.0)
@@ -50,26 +50,27 @@ class _LowRank(torch.autograd.Function):
     """Autograd of ``lowrank``; backward never recomputes the shrink and never writes to a saved tensor."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | float, base: torch.Tensor | None
     ) -> torch.Tensor:
         need_x, need_a, need_b, need_c, _ = ctx.needs_input_grad
         h = _shrink(x, a)
         z = h * c if need_b or need_c else h.mul_(c)
-        number = isinstance(c, float)
+        number = c if isinstance(c, float) else None
         ctx.save_for_backward(
             x if need_a else None,
             a if need_x else None,
             b if need_x or need_a or need_c else None,
-            c if not number and (need_x or need_a or need_b) else None,
+            c if number is None and (need_x or need_a or need_b) else None,
             h if need_b or need_c else None,
         )
-        ctx.number, ctx.c_shape, ctx.factor_dim = (c if number else None), (None if number else c.shape), a.dim()
+        ctx.number, ctx.factor_dim = number, a.dim()
+        ctx.c_shape = c.shape if isinstance(c, torch.Tensor) else ()
         return _expand(z, b, base, 1.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         need_x, need_a, need_b, need_c, need_base = ctx.needs_input_grad
         x, a, b, c, h = ctx.saved_tensors
         c = c if ctx.number is None else ctx.number
@@ -88,10 +89,7 @@ class _LowRank(torch.autograd.Function):
 
 
 def _any_trained(*operands: torch.Tensor | float | None) -> bool:
-    for operand in operands:
-        if isinstance(operand, torch.Tensor) and operand.requires_grad:
-            return True
-    return False
+    return any(isinstance(operand, torch.Tensor) and operand.requires_grad for operand in operands)
 
 
 def _writable(base: torch.Tensor) -> bool:

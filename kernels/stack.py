@@ -20,8 +20,8 @@ class RowIndex(NamedTuple):
     Attributes:
         adapter_R: ``(R,)`` int64: the adapter that owns each row.
         position_R: ``(R,)`` int64: position of each row inside its adapter.
-        table_Er: ``(E + 1, max_rank)`` int64: rows of each adapter. Unused places repeat the adapter's first row (row 0 for
-            a rank-0 adapter); the last line stands for "no adapter".
+        table_Er: ``(E + 1, max_rank)`` int64: rows of each adapter. Unused places repeat the adapter's first row
+            (row 0 for a rank-0 adapter); the last line stands for "no adapter".
         valid_Er: ``(E + 1, max_rank)`` bool: which places of ``table_Er`` are used.
     """
 
@@ -100,8 +100,8 @@ class LoraStack:
     def versions(self) -> tuple[int, int, int] | None:
         """Version counters of the three tensors: equal counters, unchanged values. None where nothing may be cached.
 
-        That is when a factor is trained (gradients must reach it) or is an inference tensor (which has no counter). Writes
-        through ``tensor.data`` or a NumPy view are invisible to torch and so to this.
+        That is when a factor is trained (gradients must reach it) or is an inference tensor (which has no counter).
+        Writes through ``tensor.data`` or a NumPy view are invisible to torch and so to this.
         """
         a, b, scaling = self.a_RD, self.b_RO, self.scaling_E
         if a.requires_grad or b.requires_grad or scaling.requires_grad:

@@ -1,6 +1,7 @@
 """Fast torch path of ``grouped_lora``: five strategies and the measured policy that picks one (README).
 
-Shape letters: ``B`` batch, ``T`` tokens, ``N`` entries of ids, ``D`` in, ``O`` out, ``R`` rank rows, ``r`` padded rank.
+Shape letters: ``B`` batch, ``T`` tokens, ``N`` entries of ids, ``D`` in, ``O`` out, ``R`` rank rows, ``r`` padded
+rank.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from compose.kernels.stack import LoraStack
 Strategy = Literal["none", "single", "rows", "stacked", "segments"]
 
 
-def supports(x: torch.Tensor, stack: LoraStack) -> str | None:  # noqa: ARG001
+def supports(x: torch.Tensor, stack: LoraStack) -> str | None:
     """Plain torch operators only, so it runs everything, on any device."""
     return None
 
@@ -100,9 +101,7 @@ def _prepared(stack: LoraStack, plan: GroupPlan) -> _Prepared:
     """
     versions = stack.versions()
     found = plan.gathered.get(stack)
-    if found is None:
-        found = plan.gathered[stack] = _Prepared(versions)
-    elif versions is None or found.versions != versions:
+    if found is None or versions is None or found.versions != versions:
         found = plan.gathered[stack] = _Prepared(versions)
     return found
 

@@ -30,7 +30,8 @@ def grouped_lora(
 ) -> torch.Tensor:
     """Return ``y = base + s_e B_e A_e x`` with ``e`` the id of each row or token.
 
-    Differentiable in ``x``, ``base`` and the stack's factors and scaling. Under autocast everything is cast to its dtype.
+    Differentiable in ``x``, ``base`` and the stack's factors and scaling. Under autocast everything is cast to its
+    dtype.
 
     Args:
         x: ``(B, D)`` or ``(B, T, D)``, in the stack's dtype.
@@ -39,12 +40,12 @@ def grouped_lora(
         base: ``(B, O)`` or ``(B, T, O)``, the frozen layer's output. None: the update alone.
         plan: ``plan_groups(ids)``, made once and passed to every layer; without it each call makes its own.
         backend: ``"auto"``, ``"cpu"`` (fast torch code, any device) or ``"reference"``.
-        reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that own it.
-            By default ``base`` is never written to and the result is new memory.
+        reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that
+            own it. By default ``base`` is never written to and the result is new memory.
 
     Raises:
-        IncompatibleError: Shapes, dtypes or devices do not fit, or an id is out of range. While ``torch.compile`` traces,
-            the range is checked only when a plan is given.
+        IncompatibleError: Shapes, dtypes or devices do not fit, or an id is out of range. While ``torch.compile``
+            traces, the range is checked only when a plan is given.
         UnknownNameError: No such backend.
         BackendUnavailableError: The named backend cannot run these operands.
     """
@@ -55,15 +56,15 @@ def grouped_lora(
     check_ids(ids)
     if ids.shape != x.shape[: ids.dim()] or ids.dim() >= x.dim() or ids.device != x.device:
         raise IncompatibleError(
-            f"grouped_lora: ids for x {tuple(x.shape)} must be {tuple(x.shape[:1])} or {tuple(x.shape[:-1])} on {x.device}, "
-            f"got {tuple(ids.shape)} on {ids.device}"
+            f"grouped_lora: ids for x {tuple(x.shape)} must be {tuple(x.shape[:1])} or {tuple(x.shape[:-1])} "
+            f"on {x.device}, got {tuple(ids.shape)} on {ids.device}"
         )
     if plan is None and not torch.compiler.is_compiling():
         plan = plan_groups(ids)
     if plan is not None:
         if plan.ids.shape != ids.shape:
             raise IncompatibleError(
-                f"grouped_lora: the plan was made for ids {tuple(plan.ids.shape)}, got ids {tuple(ids.shape)}; plan again"
+                f"grouped_lora: the plan is for ids {tuple(plan.ids.shape)}, got ids {tuple(ids.shape)}; plan again"
             )
         check_id_range("grouped_lora", plan.lowest, plan.highest, stack.num_adapters)
     module = resolve_backend("grouped_lora", backend, BACKENDS, x, stack)

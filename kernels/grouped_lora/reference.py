@@ -1,4 +1,4 @@
-"""Reference of ``grouped_lora``: a loop over adapters in plain torch. Slow and obviously right, any dtype and device."""
+"""Reference of ``grouped_lora``: a loop over adapters in plain torch. Slow, obviously right, any dtype and device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from compose.kernels.grouped_lora.plan import GroupPlan
 from compose.kernels.stack import LoraStack
 
 
-def supports(x: torch.Tensor, stack: LoraStack) -> str | None:  # noqa: ARG001
+def supports(x: torch.Tensor, stack: LoraStack) -> str | None:
     """It runs everything."""
     return None
 
@@ -19,8 +19,8 @@ def forward(
     ids: torch.Tensor,
     *,
     base: torch.Tensor | None,
-    plan: GroupPlan | None = None,  # noqa: ARG001
-    reuse_base: bool = False,  # noqa: ARG001
+    plan: GroupPlan | None = None,
+    reuse_base: bool = False,
 ) -> torch.Tensor:
     """``y = base + Σ_e [id = e] s_e B_e A_e x``; see ``op.grouped_lora``."""
     y = x.new_zeros(*x.shape[:-1], stack.b_RO.shape[1]) if base is None else base + 0.0

@@ -1,7 +1,7 @@
-"""Fast torch path of ``mixture_lora``: strategies for combined outputs and the measured policy that picks one (README).
+"""Fast torch path of ``mixture_lora``: strategies for combined outputs, and the measured policy (README).
 
-Shape letters: ``B`` batch, ``T`` tokens, ``N`` tokens of all rows, ``D`` in, ``O`` out, ``E`` adapters, ``K`` chosen per
-entry, ``R`` rank rows, ``r`` padded rank.
+Shape letters: ``B`` batch, ``T`` tokens, ``D`` in, ``O`` out, ``E`` adapters, ``K`` chosen per entry, ``R`` rank rows,
+``r`` padded rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compose.kernels.stack import LoraStack
 Strategy = Literal["none", "select", "stacked", "gather", "scatter", "pairs"]
 
 
-def supports(x: torch.Tensor, stack: LoraStack) -> str | None:  # noqa: ARG001
+def supports(x: torch.Tensor, stack: LoraStack) -> str | None:
     """Plain torch operators only, so it runs everything, on any device."""
     return None
 
@@ -70,7 +70,7 @@ def scatter(gates: torch.Tensor, indices: torch.Tensor, num_adapters: int) -> to
 
 
 def active_gates(stack: LoraStack, gates: torch.Tensor) -> dict[int, float] | None:
-    """The gates that are not 0 by adapter, where leaving out the others is exact: one list of gates, nothing trained."""
+    """The gates that are not 0, by adapter, where leaving out the others is exact: one list, nothing of it trained."""
     if gates.dim() != 1 or gates.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     trained = (

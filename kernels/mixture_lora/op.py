@@ -34,27 +34,28 @@ def mixture_lora(
 ) -> torch.Tensor:
     """Return ``base`` plus a gated mixture of adapters.
 
-    ``"outputs"``: ``y = base + Σ_e g_e s_e B_e A_e x``. ``"parameters"``: ``y = base + (Σ_e g_e σ_e √|s_e| B_e)(Σ_e g_e √|s_e| A_e) x``
-    with ``σ_e`` the sign of ``s_e`` and ranks padded with zero rows to the largest; with equal scalings it is LoRAHub's
-    ``s (Σ g B)(Σ g A) x`` (arXiv 2307.13269).
+    ``"outputs"``: ``y = base + Σ_e g_e s_e B_e A_e x``.
+    ``"parameters"``: ``y = base + (Σ_e g_e sgn(s_e) √|s_e| B_e)(Σ_e g_e √|s_e| A_e) x``, ranks padded with zero rows
+    to the largest; with equal scalings it is LoRAHub's ``s (Σ g B)(Σ g A) x`` (arXiv 2307.13269).
 
-    Differentiable in ``x``, ``gates``, ``base`` and the stack's factors and scaling. Under autocast everything is cast to its dtype.
+    Differentiable in ``x``, ``gates``, ``base`` and the stack's factors and scaling. Under autocast everything is cast
+    to its dtype.
 
     Args:
         x: ``(B, D)`` or ``(B, T, D)``, in the stack's dtype.
         stack: Adapters of this target; ranks may differ and be 0.
         gates: ``(E,)``, ``(B, E)`` or, with ``x (B, T, D)``, ``(B, T, E)``; any float dtype, any sign.
-        indices: int64 of the same shape as ``gates``, whose last dimension is then ``K``: the adapters the gates belong to. An
-            adapter named twice counts twice; -1 contributes nothing.
+        indices: int64 of the same shape as ``gates``, whose last dimension is then ``K``: the adapters the gates
+            belong to. An adapter named twice counts twice; -1 contributes nothing.
         base: ``(B, O)`` or ``(B, T, O)``, the frozen layer's output. None: the mixture alone.
         combine: What is summed; two different functions, so never guessed.
         backend: ``"auto"``, ``"cpu"`` (fast torch code, any device) or ``"reference"``.
-        reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that own it.
-            By default ``base`` is never written to and the result is new memory.
+        reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that
+            own it. By default ``base`` is never written to and the result is new memory.
 
     Raises:
-        IncompatibleError: Shapes, dtypes or devices do not fit, or an index is out of range (checked on CPU tensors while
-            nothing is traced; elsewhere torch's own bounds check applies).
+        IncompatibleError: Shapes, dtypes or devices do not fit, or an index is out of range (checked on CPU tensors
+            while nothing is traced; elsewhere torch's own bounds check applies).
         UnknownNameError: No such backend or way to combine.
         BackendUnavailableError: The named backend cannot run these operands.
     """
@@ -85,7 +86,8 @@ def _check_gates(x: torch.Tensor, stack: LoraStack, gates: torch.Tensor, indices
     if indices is None:
         if gates.shape[-1] != stack.num_adapters:
             raise IncompatibleError(
-                f"mixture_lora: the stack has {stack.num_adapters} adapters, gates {tuple(gates.shape)} have {gates.shape[-1]}"
+                f"mixture_lora: the stack has {stack.num_adapters} adapters, "
+                f"gates {tuple(gates.shape)} have {gates.shape[-1]}"
             )
         return
     if indices.dtype != torch.int64 or indices.shape != gates.shape or indices.device != gates.device:

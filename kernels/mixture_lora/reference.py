@@ -1,4 +1,4 @@
-"""Reference of ``mixture_lora``: loops over adapters in plain torch. Slow and obviously right, any dtype and device."""
+"""Reference of ``mixture_lora``: loops over adapters in plain torch. Slow, obviously right, any dtype and device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from compose.kernels.stack import LoraStack
 
 
-def supports(x: torch.Tensor, stack: LoraStack) -> str | None:  # noqa: ARG001
+def supports(x: torch.Tensor, stack: LoraStack) -> str | None:
     """It runs everything."""
     return None
 
@@ -20,7 +20,7 @@ def forward(
     *,
     base: torch.Tensor | None,
     combine: str,
-    reuse_base: bool = False,  # noqa: ARG001
+    reuse_base: bool = False,
 ) -> torch.Tensor:
     """Both sums of ``op.mixture_lora``, adapter by adapter, with gates spread to one per token."""
     y = x.new_zeros(*x.shape[:-1], stack.b_RO.shape[1]) if base is None else base + 0.0

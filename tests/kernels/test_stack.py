@@ -36,7 +36,8 @@ def test_versions_change_with_an_in_place_write_and_are_absent_where_nothing_may
     stack = make_stack()
     before = stack.versions()
     stack.b_RO.mul_(2.0)
-    assert before is not None and stack.versions() != before
+    assert before is not None
+    assert stack.versions() != before
     assert make_stack(trained=True).versions() is None
     with torch.inference_mode():
         assert make_stack().versions() is None
