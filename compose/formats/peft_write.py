@@ -31,8 +31,7 @@ def weights_bytes(adapter: Adapter) -> bytes:
         tensors[f"{PREFIX}{path}{a_suffix}"] = update.a
         tensors[f"{PREFIX}{path}{b_suffix}"] = update.b
     tensors |= {f"{PREFIX}{path}": tensor for path, tensor in adapter.full_modules.items()}
-    own = {name: _own_memory(tensor) for name, tensor in tensors.items()}
-    return safetensors.torch.save(own, metadata={"format": "pt"})
+    return safetensors.torch.save(_apart(tensors), metadata={"format": "pt"})
 
 
 def config_bytes(adapter: Adapter) -> bytes:
@@ -69,11 +68,16 @@ _PLAIN: dict[str, Any] = {
 }
 
 
-def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Safetensors refuses views and shared memory; a tensor that is neither passes through."""
-    tensor = tensor.detach().cpu().contiguous()
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone()
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return dense CPU tensors that share no memory, which safetensors refuses; only sharing ones are copied."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        dense = tensor.detach().cpu().contiguous()
+        memory = dense.untyped_storage().data_ptr()
+        apart[name] = dense.clone() if memory in seen else dense
+        seen.add(memory)
+    return apart
 
 
 def _dump(config: Mapping[str, Any]) -> bytes:

@@ -73,6 +73,8 @@ def test_views_are_written_as_what_they_show(adapter_format, tmp_path):
         "one": LowRank(big[2:4], torch.randn(2, 5).T, 0.5),
         "two": LowRank(big[4:6], torch.randn(5, 8)[:, ::4], 0.5),
     }
+    targets["shared"] = LowRank(targets["one"].a, targets["two"].b, 0.5)
+    targets["overlapping"] = LowRank(big[3:5], torch.ones(5, 1).expand(5, 2), 0.5)
     adapter = Adapter("x", "", targets)
     assert_same(adapter, adapter_format.read(adapter_format.write(adapter, tmp_path / "x")))
 
