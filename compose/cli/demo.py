@@ -29,7 +29,7 @@ class Shown(NamedTuple):
     shots: int
 
 
-TASKS = (Shown("new_wording_reverse_words", 5), Shown("reverse_words_and_join_dashes", 20), Shown("", 5))
+TASKS = (Shown("new_wording_pig_latin", 5), Shown("reverse_order_and_dashes", 20), Shown("rule_a_or_b", 5))
 TEST_ITEMS = 60
 
 Out = Annotated[
@@ -64,11 +64,11 @@ def demo(context: typer.Context, out: Out = Path("compose-demo"), force: Force =
 def run_demo(out: Path) -> list[dict[str, Any]]:
     """Run the three searches and write their folders and the index; return one row per task."""
     from compose.bank import Bank
-    from compose.cli.demo_files import demo_paths
+    from compose.cli import demo_files
     from compose.cli.loading import load_base
     from compose.report.index import render_index
 
-    base, bank_folder = demo_paths()
+    base, bank_folder = demo_files.demo_paths()
     bank = Bank.open(bank_folder)
     loaded = load_base(base)
     note(f"loaded the base model and {len(bank)} adapters from {base.parent}")

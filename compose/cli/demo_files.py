@@ -65,13 +65,13 @@ def demo_task(name: str) -> Task:
     return TASKS[name]
 
 
-def demo_examples(task: Task, shots: int, draw: int, test: int = TEST_ITEMS) -> tuple[list[Example], list[Example]]:
-    """Return one draw of shots and the first test items, which share no content with any shot."""
+def demo_examples(task: Task, shots: int, draw: int, test: int | None = None) -> tuple[list[Example], list[Example]]:
+    """Return one draw of shots and the first ``test`` (`TEST_ITEMS`) test items; they share no content."""
     from compose.demo.tasks import shots as draw_shots
     from compose.demo.tasks import test_items
     from compose.fewshot.examples import Example
 
-    drawn, held_out = draw_shots(task, shots, draw), test_items(task, test)
+    drawn, held_out = draw_shots(task, shots, draw), test_items(task, TEST_ITEMS if test is None else test)
     return [Example(*item) for item in drawn], [Example(*item) for item in held_out]
 
 

@@ -123,7 +123,7 @@ class SearchRequest:
                 for name, value, least in ranges
                 if value is not None and value < least
             ]
-        problems = [f"{name} goes with --demo only" for name in ("shots", "draw") if getattr(self, name) is not None]
+        problems = [f"--{name} goes with --demo only" for name in ("shots", "draw") if getattr(self, name) is not None]
         missing = [name for name in ("--base", "--bank", "--examples") if not paths[name]]
         if missing:
             problems.append(f"missing {', '.join(missing)} (or --demo TASK for a shipped task)")

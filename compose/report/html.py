@@ -158,8 +158,8 @@ def _verdict(report: Report) -> dict[str, Any]:
 def _control_rows(report: Report) -> list[dict[str, Any]]:
     rows = []
     for control in report["controls"]:
-        gap = (control["test"] or {}).get("minus_composed")
-        clear = bool(gap) and (gap["low"] > 0 or gap["high"] < 0)
+        gap: dict[str, float] | None = (control["test"] or {}).get("minus_composed")
+        clear = gap is not None and (gap["low"] > 0 or gap["high"] < 0)
         label = _capital(printable(control["label"]))
         rows.append(
             {**_clean(control), "label": label, "gap": gap, "decided": clear, "main": control["name"] == "composed"}

@@ -31,7 +31,7 @@ class Workspace(NamedTuple):
 def save_base(folder: Path) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
     tokens = {"vocab_size": len(CHARACTERS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens))
     model.save_pretrained(folder)
@@ -75,6 +75,12 @@ def search_options(workspace: Workspace) -> list[str]:
     """The options of a small search, all but ``--out``."""
     inputs = ["--base", str(workspace.base), "--bank", str(workspace.bank), "--examples", str(workspace.examples)]
     return ["search", *inputs, "--test", str(workspace.test), "--budget", "30"]
+
+
+@pytest.fixture
+def compose_command() -> list[str]:
+    """The program as a command line to start a process with."""
+    return list(COMPOSE)
 
 
 @pytest.fixture
