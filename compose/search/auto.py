@@ -1,9 +1,8 @@
-"""The `auto` search: screen the single adapters, then pairs, descend from the best of them, then refine per layer.
+"""The `auto` search: single adapters, forward selection, descent from the best of them, then a refinement per layer.
 
-Every stage is run for all examples and for every fold at once, and the folds choose their own singles, pairs and
-descents, so the validated losses are honest about the selection too. On the demo and in spec studies, descent from 0
-alone gets lost, while {0, best single, best pair} with the lowest kept does not; layer-wise weights pay on
-compositions of skills.
+Every stage is run for all examples and for every fold at once, and the folds choose their own singles, forward
+selections and descents, so the validated losses are honest about the selection too. The number of folds is never cut
+to save budget (README, "Measured").
 """
 
 from __future__ import annotations
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FEWEST_STEPS = 10
-"""Folds are given up until at least so many descent steps can be paid for."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Auto:
@@ -57,7 +53,7 @@ class Stage(NamedTuple):
     """What one stage did.
 
     Attributes:
-        name: base, singles, pairs, scalar, layerwise, or the strategy's name.
+        name: base, singles, forward, scalar, shrink, layerwise, or the strategy's name.
         value: Best penalised value on all examples within the stage (of its recommendation, for a fit).
         validated: Cross-validated mean loss of its recommendation, None without folds.
         evaluations: Candidates evaluated in it.
@@ -223,8 +219,7 @@ def run_auto(evaluator: Evaluator, space: Space, options: Auto, guard: Guard, se
 
     A single example cannot be validated, so nothing beyond the best single is fitted to it (unless the guard is off).
     """
-    num_folds = _affordable_folds(evaluator, space, options, guard)
-    staged = Staged(evaluator, space, guard, num_folds, seed)
+    staged = Staged(evaluator, space, guard, guard.max_folds, seed)
     base = staged.base()
     if evaluator.affordable(gradient=False) == 0:
         return staged
@@ -245,7 +240,7 @@ def run_auto(evaluator: Evaluator, space: Space, options: Auto, guard: Guard, se
 def _scalar(
     evaluator: Evaluator, space: Space, staged: Staged, options: Auto, screened: list[list[Point]], share: float
 ) -> list[Point]:
-    """Descend from {0, best single, best pair} of each lane; without gradients, search around the lowest of them."""
+    """Descend from {0, best single, forward selection} of each lane; without gradients, search around the lowest of them."""
     gradient = evaluator.differentiable
     limit = evaluator.cost + share * evaluator.affordable(gradient) * evaluator.rate(gradient)
     lanes = list(zip(*screened, strict=True))
@@ -286,21 +281,6 @@ def _layerwise(evaluator: Evaluator, staged: Staged, options: Auto, scalar: list
     fitted = staged.fit("layerwise", strategy, starts, evaluations=evaluations)
     if fitted is not None:
         staged.enter("layerwise", staged.shrink("shrink", scalar, fitted))
-
-
-def _affordable_folds(evaluator: Evaluator, space: Space, options: Auto, guard: Guard) -> int:
-    """Return the largest number of folds that leaves `FEWEST_STEPS` raced descent steps; at least 2 unless off.
-
-    The answer is an estimate before anything has run; stages stop at the budget whatever it says.
-    """
-    if guard.max_folds == 0 or not evaluator.differentiable:
-        return guard.max_folds
-    left = evaluator.affordable(gradient=True) - (1 + space.num_adapters) / evaluator.rate(gradient=True)
-    left *= 1.0 if options.forward is None else 1.0 - options.forward_share
-    stages = 2 if options.layerwise and space.num_groups > 1 else 1
-    rows = FEWEST_STEPS + 2 * min(options.descent.race, FEWEST_STEPS)
-    affordable = int(left / stages / rows) - 1
-    return min(guard.max_folds, max(2, affordable))
 
 
 def _fit_note(strategy: Strategy, fit: Fit, num_folds: int) -> str:

@@ -79,12 +79,12 @@ def test_folds_never_see_their_held_out_example(quadratic):
 
 def test_a_stage_is_one_population_per_step(quadratic):
     objective = quadratic(planted(6, 1, {1: 0.6, 4: -0.7}), noise=0.3, num_examples=5)
-    search(objective, Space(num_adapters=6), strategy=Auto(pair_weights=(1.0,)), budget=Budget(cost=5000))
+    search(objective, Space(num_adapters=6), strategy=Auto(forward=None), budget=Budget(cost=5000))
     sizes = [(len(weights), gradient) for weights, gradient, _ in objective.calls]
     assert sizes[:2] == [(1, False), (6, False)]
-    # five folds and the whole, three starts each, until the race keeps one each
-    assert sizes[3:8] == [(18, True)] * 5
-    assert sizes[8] == (6, True)
+    # five folds and the whole, two starts each, until the race keeps one each
+    assert sizes[2:7] == [(12, True)] * 5
+    assert sizes[7] == (6, True)
 
 
 def test_zero_is_no_start_when_it_is_stationary(quadratic):
@@ -118,7 +118,7 @@ def test_the_account_adds_up(quadratic):
     assert sum(stage.evaluations for stage in result.stages) == result.evaluations
     assert sum(stage.cost for stage in result.stages) == pytest.approx(result.cost)
     names = [stage.name for stage in result.stages]
-    assert names == ["base", "singles", "pairs", "scalar", "shrink", "layerwise", "shrink"]
+    assert names == ["base", "singles", "forward", "scalar", "shrink", "layerwise", "shrink"]
     assert "gradient (adam)" in result.strategy
     assert [kind for kind, *_ in result.guard] == ["base", "single", "scalar", "layerwise"]
     costs = [cost for cost, _ in result.history]

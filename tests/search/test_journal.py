@@ -260,5 +260,5 @@ def test_kills_at_random_moments_change_nothing(tmp_path, strategy, kills, seed,
     assert report["resumed"] == report["whole"]
     # Every kill hit a search under way: after a recorded evaluation and before the end, each time further on.
     assert report["sizes"] == sorted(set(report["sizes"]))
-    assert 0 < report["sizes"][0]
+    assert report["sizes"][0] > 0
     assert report["sizes"][-1] < report["end"]
