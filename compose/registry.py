@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -30,7 +31,9 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, package: str | None) -> None:
         self.kind = kind
         self._package = package
+        self._lock = threading.RLock()
         self._scanned = package is None
+        self._scanning = False
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -70,9 +73,21 @@ class Registry(Generic[T]):
         return len(self._entries)
 
     def _scan(self) -> None:
-        if self._scanned or self._package is None:
+        if self._scanned:
             return
-        self._scanned = True
+        with self._lock:  # a second thread waits until the folder is scanned
+            if self._scanned or self._scanning:
+                return
+            self._scanning = True
+            try:
+                self._import_modules()
+                self._scanned = True
+            finally:
+                self._scanning = False
+
+    def _import_modules(self) -> None:
+        if self._package is None:
+            return
         package = importlib.import_module(self._package)
         for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda found: found.name):
             importlib.import_module(f"{self._package}.{module.name}")

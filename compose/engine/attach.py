@@ -44,8 +44,9 @@ def attach(model: nn.Module, bank: Bank, *, backend: str = "auto", trainable: bo
     _refuse_attached(model)
     fitting = _fitting_modules(model, bank)
     state = RuntimeState(backend)
+    stacks = _stacks(bank, fitting)
     layers = {
-        target: _composed(module, bank.stack(target), target, state, bank.targets[target].kind)
+        target: _composed(module, stacks[target], target, state, bank.targets[target].kind)
         for target, module in fitting.items()
     }
     return AttachedModel(model, bank, layers, state, trainable=trainable)
@@ -240,17 +241,28 @@ def _describe(found: tuple[str, int, int] | None, module: nn.Module) -> str:
     return type(module).__name__ if found is None else f"{found[0]} {found[1]} -> {found[2]}"
 
 
-def _composed(module: nn.Module, stack: LoraStack, target: str, state: RuntimeState, kind: str) -> ComposedLayer:
+def _stacks(bank: Bank, modules: Mapping[str, nn.Module]) -> dict[str, LoraStack]:
+    """Return target -> stack in the dtype and on the device of its module, loaded straight there where all agree."""
+    places = {target: _place(module) for target, module in modules.items()}
+    if len(set(places.values())) == 1:
+        dtype, device = next(iter(places.values()))
+        return bank.stacks(dtype, device)
+    return {target: _moved(bank.stack(target), *place) for target, place in places.items()}
+
+
+def _place(module: nn.Module) -> tuple[torch.dtype, torch.device]:
     weight = module.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    moved = LoraStack(
-        stack.a_RD.to(weight.device, dtype),
-        stack.b_RO.to(weight.device, dtype),
-        stack.scaling_E.to(weight.device),
-        stack.ranks,
-    )
+    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype(), weight.device
+
+
+def _moved(stack: LoraStack, dtype: torch.dtype, device: torch.device) -> LoraStack:
+    factors = (factor.to(device, dtype) for factor in (stack.a_RD, stack.b_RO))
+    return LoraStack(*factors, stack.scaling_E.to(device), stack.ranks)
+
+
+def _composed(module: nn.Module, stack: LoraStack, target: str, state: RuntimeState, kind: str) -> ComposedLayer:
     layer = ComposedEmbedding if kind == "embedding" else ComposedLinear
-    return layer(module, moved, target, state).train(module.training)
+    return layer(module, stack, target, state).train(module.training)
 
 
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:

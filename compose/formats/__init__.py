@@ -6,7 +6,6 @@ module in this folder that registers itself; the bank and the law tests find it 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,6 @@ __all__ = [
 ]
 
 FORMATS: Registry[AdapterFormat] = Registry("adapter format", package="compose.formats")
-_scanning = threading.Lock()
 
 
 def format_of(folder: Path) -> AdapterFormat:
@@ -34,11 +32,10 @@ def format_of(folder: Path) -> AdapterFormat:
     Raises:
         AdapterFormatError: No format, or more than one, recognises it.
     """
-    known_formats = _known()
-    found = [name for name in known_formats if FORMATS[name].matches(folder)]
+    found = [name for name in FORMATS if FORMATS[name].matches(folder)]
     if len(found) == 1:
         return FORMATS[found[0]]
-    known = ", ".join(known_formats)
+    known = ", ".join(FORMATS)
     if not found:
         raise AdapterFormatError(f"{folder}: not an adapter folder (known formats: {known})")
     raise AdapterFormatError(
@@ -58,7 +55,7 @@ def discover(folder: Path, formats: Sequence[str] | None = None) -> list[Path]:
     Raises:
         AdapterFormatError: ``folder`` is not a folder, or holds no adapter.
     """
-    names = _known() if formats is None else list(formats)
+    names = list(FORMATS) if formats is None else list(formats)
     if not folder.is_dir():
         raise AdapterFormatError(f"{folder}: no such folder; give an adapter folder or a folder of adapter folders")
     if any(FORMATS[name].matches(folder) for name in names):
@@ -70,9 +67,3 @@ def discover(folder: Path, formats: Sequence[str] | None = None) -> list[Path]:
             f"{folder}: neither an adapter nor a folder of adapters (known formats: {', '.join(names)})"
         )
     return found
-
-
-def _known() -> list[str]:
-    """Names of all formats; a thread that comes during the first look-up waits until the folder is scanned."""
-    with _scanning:
-        return list(FORMATS)
