@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,11 +32,13 @@ class SearchOutcome:
         coefficients: Ready for the attached model: ``(N,)``, or ``(G, N)`` with groups where layers differ; ``None``
             when the base model was chosen.
         label: The choice in words.
+        seconds: Wall time of the search.
     """
 
     result: SearchResult
     coefficients: Coefficients | None
     label: str
+    seconds: float
 
 
 def search_groups(attached: AttachedModel, settings: SearchSettings) -> dict[str, int] | None:
@@ -94,6 +97,7 @@ def run_search(
         groups=groups,
         max_tokens=settings.max_tokens or DEFAULT_TOKENS,
     )
+    started = time.perf_counter()
     result = search(
         objective,
         search_space(attached, settings, groups),
@@ -103,7 +107,9 @@ def run_search(
         journal=journal,
         progress=progress,
     )
-    return SearchOutcome(result, _coefficients(result.weights, settings, groups), result.why)
+    return SearchOutcome(
+        result, _coefficients(result.weights, settings, groups), result.why, time.perf_counter() - started
+    )
 
 
 def _coefficients(

@@ -43,7 +43,6 @@ class FinishedRun:
         singles: ``(N,)`` mean loss of every candidate alone on the shots.
         composed: The new adapter, ``None`` when the base was chosen.
         warnings: What the user should know.
-        seconds: Wall time of the search.
         output_bytes: Size of the adapter's files.
         command: The command line, if any.
     """
@@ -59,7 +58,6 @@ class FinishedRun:
     singles: np.ndarray
     composed: ComposedAdapter | None
     warnings: Sequence[str]
-    seconds: float
     output_bytes: int
     command: Sequence[str] | None
 
@@ -87,7 +85,7 @@ def build_report(run: FinishedRun) -> dict[str, Any]:
             "test": len(measured.test) or None,
         },
         "settings": asdict(run.settings),
-        "search": _search_section(run.settings, run.outcome, run.chosen, run.seconds),
+        "search": _search_section(run.settings, run.outcome, run.chosen),
         "weights": _weights_section(candidates, run.outcome),
         "examples": _shots_section(measured, controls),
         "controls": [_control_row(control, controls[0], run.settings) for control in controls],
@@ -109,9 +107,7 @@ def _adapter_row(bank: Bank, name: str, candidates: Bank, alone: dict[str, float
     }
 
 
-def _search_section(
-    settings: SearchSettings, outcome: SearchOutcome, chosen: Preselection, seconds: float
-) -> dict[str, Any]:
+def _search_section(settings: SearchSettings, outcome: SearchOutcome, chosen: Preselection) -> dict[str, Any]:
     result = outcome.result
     return {
         "strategy": settings.strategy,
@@ -119,7 +115,7 @@ def _search_section(
         "evaluations": result.evaluations,
         "cost": result.cost,
         "preselection_cost": chosen.cost,
-        "seconds": seconds,
+        "seconds": outcome.seconds,
         "history": [[cost, value, value] for cost, value in result.history],
         "stages": [
             {"name": stage.name, "value": stage.value, "cross_validated": stage.validated, "cost": stage.cost}

@@ -115,8 +115,6 @@ def few_shot_search(  # noqa: PLR0913 - the one entry point: every option is a k
         ComposeError: Bad settings, examples, bank or folder; nothing is written then.
     """
     settings = settings or SearchSettings()
-    if not examples:
-        raise ExamplesError("no examples given; a handful of inputs with their outputs is needed")
     folder = None if out is None else RunFolder(out, resume=resume, force=force)
     tell = progress or (lambda event: None)
     measured = _encode(loaded, examples, test)
@@ -126,7 +124,6 @@ def few_shot_search(  # noqa: PLR0913 - the one entry point: every option is a k
         folder.begin()
     with attach(loaded.model, candidates) as attached:
         groups = search_groups(attached, settings)
-        started = time.perf_counter()
         outcome = run_search(
             attached,
             measured.shots,
@@ -135,7 +132,6 @@ def few_shot_search(  # noqa: PLR0913 - the one entry point: every option is a k
             journal=None if folder is None else _journal(folder, attached, measured, settings, resume),
             progress=_search_progress(tell),
         )
-        seconds = time.perf_counter() - started
         wanted, warnings = wanted_controls(settings, measured, outcome.result.cost)
         tell(ProgressEvent("controls", outcome.result.cost, None, outcome.result.value))
         singles = single_losses(attached, measured.shots, range(len(candidates))).mean(axis=1)
@@ -156,7 +152,6 @@ def few_shot_search(  # noqa: PLR0913 - the one entry point: every option is a k
             singles,
             composed,
             warnings,
-            seconds,
             sum(map(len, files.values())),
             command,
         )
@@ -166,6 +161,8 @@ def few_shot_search(  # noqa: PLR0913 - the one entry point: every option is a k
 
 
 def _encode(loaded: LoadedModel, examples: Sequence[Example], test: Sequence[Example]) -> Measured:
+    if not examples:
+        raise ExamplesError("no examples given; a handful of inputs with their outputs is needed")
     encoder_decoder = loaded.model.config.is_encoder_decoder
     shots = encode(examples, loaded.tokenizer, loaded.prompt_format, encoder_decoder=encoder_decoder)
     return Measured(loaded, list(examples), shots, list(test))
