@@ -41,7 +41,7 @@ def read_examples(path: str | Path) -> list[Example]:
     ignored; blank lines are skipped.
 
     Raises:
-        ExamplesError: The file is missing, too large, empty, or has bad lines; all of them are named with their number.
+        ExamplesError: The file is missing, too large, empty, or has bad lines, which are all named with their number.
     """
     file = Path(path)
     if not file.is_file():
