@@ -1,0 +1,1 @@
+"""One file per case; every file registers itself."""

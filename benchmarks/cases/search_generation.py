@@ -1,0 +1,138 @@
+"""One generation of a few-shot search: 16 candidates x 5 examples over 20 adapters, seconds per candidate."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import lorahub_baseline
+import models
+import numpy as np
+import torch
+from registry import Check, Measured, Point, Settings, case
+from timing import interleaved
+
+import compose
+from compose.bank import Bank
+from compose.engine.coefficients import Combine
+from compose.fewshot.encoding import Encoded
+from compose.fewshot.population import PopulationObjective
+
+BASELINE = "LoRAHub's procedure through PEFT: sum state dicts, write them into the model, forward, one by one"
+
+
+@dataclass(frozen=True)
+class Shots:
+    """One point's model and lengths of its five examples (prompt and response tokens)."""
+
+    model: str
+    rank: int
+    prompts: tuple[int, ...]
+    responses: tuple[int, ...]
+    target: float
+    dtype: torch.dtype = torch.float32
+    adapters: int = 20
+    candidates: int = 16
+
+
+DEMO = Shots("llama-demo", 8, (22, 26, 31, 24, 28), (7, 9, 12, 8, 10), 2.5)
+T5_35M = Shots("t5-35m", 16, (121, 96, 108, 117, 101), (4, 2, 3, 5, 3), 1.2)
+LLAMA_TINY = Shots("llama-tiny", 2, (6, 9), (2, 3), 1.0, adapters=3, candidates=2)
+T5_TINY = Shots("t5-tiny", 2, (6, 9), (2, 3), 1.0, adapters=3, candidates=2)
+T5_LARGE = Shots("t5-large", 16, (121, 96, 108, 117, 101), (4, 2, 3, 5, 3), 10.0)
+T5_LARGE_BF16 = Shots("t5-large", 16, (121, 96, 108, 117, 101), (4, 2, 3, 5, 3), 10.0, dtype=torch.bfloat16)
+
+
+@case(
+    "search_generation",
+    description="16 candidates x 5 examples over 20 adapters, time per candidate: demo-size Llama and a 35M T5",
+    baseline=BASELINE,
+    targets=">= 2.5x on the demo model, >= 1.2x on the T5",
+)
+def search_generation(settings: Settings) -> Iterator[Point]:
+    """Yield both models, each with factors summed (the baseline's function) and with outputs summed."""
+    for shots in (LLAMA_TINY, T5_TINY) if settings.quick else (DEMO, T5_35M):
+        yield from _points(shots, settings)
+
+
+@case(
+    "search_generation_gpu",
+    description="16 candidates x 5 examples of ~120 tokens over 20 rank-16 adapters on q, v of FLAN-T5-large shapes",
+    baseline=BASELINE,
+    targets=">= 10x",
+    devices=("cuda",),
+)
+def search_generation_gpu(settings: Settings) -> Iterator[Point]:
+    """Yield the large shapes in float32 and bfloat16; with ``quick`` the tiny ones."""
+    for shots in (T5_TINY,) if settings.quick else (T5_LARGE, T5_LARGE_BF16):
+        yield from _points(shots, settings)
+
+
+def _points(shots: Shots, settings: Settings) -> Iterator[Point]:
+    built = _build(shots, settings)
+    for combine in ("parameters", "outputs"):
+        yield _point(shots, built, combine, settings)
+    del built
+    gc.collect()
+
+
+@dataclass(frozen=True)
+class _Built:
+    attached: compose.engine.attach.AttachedModel
+    baseline: lorahub_baseline.LoraHub
+    examples: list[Encoded]
+    weights: np.ndarray
+
+
+def _build(shots: Shots, settings: Settings) -> _Built:
+    model = models.build(shots.model, device=settings.device, dtype=shots.dtype)
+    adapters = models.random_adapters(model, shots.model, shots.adapters, shots.rank)
+    vocab = models.MODELS[shots.model].config["vocab_size"]
+    examples = models.random_examples(vocab, shots.prompts, shots.responses)
+    other = models.build(shots.model, device=settings.device, dtype=shots.dtype)
+    baseline = lorahub_baseline.LoraHub.build(other, adapters, examples, device=settings.device)
+    weights = np.random.default_rng(0).uniform(-0.5, 0.5, (shots.candidates, shots.adapters))
+    return _Built(compose.attach(model, Bank.from_adapters(adapters)), baseline, examples, weights)
+
+
+def _point(shots: Shots, built: _Built, combine: Combine, settings: Settings) -> Point:
+    objective = PopulationObjective(built.attached, built.examples, combine=combine)
+    exact = PopulationObjective(built.attached, built.examples, combine="parameters")
+
+    def ours() -> np.ndarray:
+        return objective(built.weights).losses
+
+    def baseline() -> list[float]:
+        return [built.baseline.loss(row) for row in built.weights.tolist()]
+
+    def gate() -> None:
+        _check(exact(built.weights).losses, baseline(), built.examples, shots.dtype)
+        one_hot = np.eye(shots.adapters)[: min(4, shots.adapters)]
+        theirs = [built.baseline.loss(row) for row in one_hot.tolist()]
+        _check(objective(one_hot).losses, theirs, built.examples, shots.dtype)
+
+    def measure() -> Measured:
+        rounds = settings.rounds or (1 if settings.quick else 5)
+        timings = interleaved(ours, baseline, device=settings.device, rounds=rounds)
+        mine, theirs = (timing.per(len(built.weights)) for timing in timings)
+        speed_up = Check("speed-up per candidate", theirs.best / mine.best, ">=", shots.target, "x")
+        return Measured([speed_up, *_memory(settings)], mine, theirs, note="times are per candidate")
+
+    dtype = str(shots.dtype).removeprefix("torch.")
+    return Point(f"{shots.model} {dtype}, combine={combine}", gate, measure)
+
+
+def _check(losses_PS: np.ndarray, theirs: Sequence[float], examples: list[Encoded], dtype: torch.dtype) -> None:
+    """Losses of equal candidates must agree; in bfloat16 both sides round every layer's output, in another order."""
+    tolerance = 5e-5 if dtype == torch.float32 else 5e-3
+    ours = torch.from_numpy(lorahub_baseline.token_mean(losses_PS, examples))
+    torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+
+
+def _memory(settings: Settings) -> list[Check]:
+    if not settings.device.startswith("cuda"):
+        return []
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return [Check("peak memory of the point, both sides", peak, unit="GiB")]
