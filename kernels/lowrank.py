@@ -133,11 +133,9 @@ def _outer(z_BTR: torch.Tensor, x_BTD: torch.Tensor, factor_dim: int) -> torch.T
 
 
 def _sum_to(product_BTR: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Sum over the dimensions in which a tensor of ``shape`` was broadcast; low precision adds up in float32."""
+    """Sum over the dimensions in which a tensor of ``shape`` was broadcast; torch adds low precision up in float32."""
     padded = (1,) * (3 - len(shape)) + tuple(shape)
     dims = [dim for dim in range(3) if padded[dim] != product_BTR.shape[dim]]
     if not dims:
         return product_BTR.reshape(shape)
-    low = product_BTR.dtype in (torch.float16, torch.bfloat16)
-    summed = product_BTR.sum(dim=dims, keepdim=True, dtype=torch.float32 if low else None)
-    return summed.to(product_BTR.dtype).reshape(shape)
+    return product_BTR.sum(dim=dims, keepdim=True).reshape(shape)

@@ -40,6 +40,15 @@ def test_every_sparse_strategy_equals_the_reference_with_its_gradients(
     same_gradients(*gradients, leaves)
 
 
+def test_gathering_an_unused_place_reads_no_other_adapter(make_stack):
+    stack = make_stack((2, 2, 1))
+    stack.a_RD[0] = float("nan")  # the first row of adapter 0 fills unused places
+    x, gates = torch.randn(2, 3, 13, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)
+    indices = torch.tensor([[1, -1], [2, -1]])
+    y = cpu.forward(x, stack, gates, indices, base=None, combine="outputs", strategy="gather")
+    assert y.isfinite().all()
+
+
 def test_scatter_adds_repeated_indices_and_drops_unused_ones():
     dense = cpu.scatter(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1, 1, -1]]), 3)
     torch.testing.assert_close(dense, torch.tensor([[0.0, 3.0, 0.0]]))
