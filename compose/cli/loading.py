@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from compose.fewshot.loading import LoadedModel
 
 
@@ -15,18 +17,30 @@ def load_base(path_or_id: str | Path, *, device: str = "cpu", dtype: str = "auto
     Raises:
         ComposeError: There is no such model, no such device, or it is of a kind that cannot be searched.
     """
-    import torch
     from transformers.utils import logging
 
-    from compose.errors import ComposeError
     from compose.fewshot.loading import load_model
 
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ComposeError(f"--device {device!r} is not a device; give cpu, cuda or cuda:0 (compose doctor)") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ComposeError(f"--device {device}: no GPU is available here; 'compose doctor' shows what is")
+    checked_device(device)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return load_model(path_or_id, device=device, dtype=dtype)
+
+
+def checked_device(name: str) -> torch.device:
+    """Return the device of ``--device``.
+
+    Raises:
+        ComposeError: It is not a device, or not here.
+    """
+    import torch
+
+    from compose.errors import ComposeError
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ComposeError(f"--device {name!r} is not a device; give cpu, cuda or cuda:0 (compose doctor)") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ComposeError(f"--device {name}: no GPU is available here; 'compose doctor' shows what is")
+    return device

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from compose.cli import demo, demo_files
 from compose.cli.main import build_app
+from compose.demo import assets
 from compose.demo.tasks import TASKS
 from compose.errors import UnknownNameError
 
@@ -61,7 +62,6 @@ def test_shots_and_test_items_share_no_input() -> None:
 
 
 def test_missing_demo_files_say_how_to_make_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assets = pytest.importorskip("compose.demo.assets")
     monkeypatch.setattr(assets, "demo_base", lambda: tmp_path / "none")
     result = invoke("demo", "--out", tmp_path / "out")
     assert result.exit_code == 2
@@ -92,6 +92,15 @@ def test_the_demo_keeps_what_is_there_unless_forced(tmp_path: Path, stand_in: No
     assert result.exit_code == 2
     assert "--force" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_building_needs_an_empty_folder_and_a_device_that_is_here(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    result = invoke("demo", "build", "--out", tmp_path)
+    assert (result.exit_code, "not empty" in result.stderr) == (2, True)
+    result = invoke("demo", "build", "--out", tmp_path / "new", "--device", "warp")
+    assert (result.exit_code, "'warp'" in result.stderr) == (2, True)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ COLUMNS = {"COLUMNS": "150"}
 DEFAULTS = {
     "base": "b", "bank": (), "examples": None, "test": None, "demo": None, "shots": None, "draw": None,
     "device": "cpu", "dtype": "auto", "strategy": "auto", "combine": "outputs", "layers": None, "budget": None,
-    "candidates": 20, "preselect": "loss", "l1": 0.05, "seed": 0, "controls": "auto", "rank": None, "out": None, "resume": False,
-    "force": False, "dry_run": False,
+    "candidates": 20, "preselect": "loss", "l1": 0.05, "seed": 0, "controls": "auto", "rank": None, "out": None,
+    "resume": False, "force": False, "dry_run": False,
 }  # fmt: skip
 
 
@@ -183,10 +183,10 @@ def test_the_resume_command_is_the_call_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_saves_exits_with_130_and_the_printed_command_finishes_the_run(
-    search_options: list[str], tmp_path: Path, call, compose_command: list[str]
+    search_options: list[str], tmp_path: Path, compose_command: list[str]
 ) -> None:
     """Interrupted once the journal has lines; resumed, it ends with the weights of an uninterrupted run."""
-    options = [*search_options[:-2], "--strategy", "random", "--budget", "500", "--controls", "none", "--l1", "0"]
+    options = [*search_options[:-2], "--strategy", "random", "--budget", "150", "--controls", "none", "--l1", "0"]
     out = tmp_path / "run"
     command = [*compose_command, *options, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
@@ -195,7 +195,7 @@ def test_ctrl_c_saves_exits_with_130_and_the_printed_command_finishes_the_run(
     )
     journal = tmp_path / "run.partial" / "events.jsonl"
     deadline = time.monotonic() + 120
-    while (not journal.exists() or journal.stat().st_size < 1500) and time.monotonic() < deadline:
+    while (not journal.exists() or journal.stat().st_size < 1000) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -204,12 +204,11 @@ def test_ctrl_c_saves_exits_with_130_and_the_printed_command_finishes_the_run(
     assert stdout == ""
     assert "Traceback" not in stderr
     assert f"--out {out} --resume" in stderr
-    assert journal.stat().st_size >= 1500
+    assert journal.stat().st_size >= 1000
     assert not out.exists()
-    resumed = call(*options, "--out", str(out), "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    whole = call(*options, "--out", str(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr
+    for arguments in (["--out", str(out), "--resume"], ["--out", str(tmp_path / "whole")]):
+        result = invoke(*options, *arguments)
+        assert result.exit_code == 0, result.output
     first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "whole"))
     assert first["weights"] == second["weights"]
     assert first["search"]["history"] == second["search"]["history"]
