@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -17,6 +17,24 @@ from compose.kernels.mixture_lora.op import mixture_lora
 from compose.kernels.stack import LoraStack
 
 Combine = Literal["outputs", "parameters"]
+
+
+class LayerCall(NamedTuple):
+    """What one layer hands to the coefficients in force.
+
+    Attributes:
+        stack: The target's factors.
+        base: The base layer's output, ``None`` where the update alone is wanted.
+        target: The target's path, for groups and messages.
+        backend: Kernel backend.
+        owns_base: Nothing else holds ``base``, so the update may be added in place.
+    """
+
+    stack: LoraStack
+    base: torch.Tensor | None
+    target: str
+    backend: str
+    owns_base: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +90,12 @@ class Coefficients:
             return self
         return Coefficients(self.values.to(device), self.combine, self.groups)
 
-    def apply(
-        self, x: torch.Tensor, stack: LoraStack, base: torch.Tensor | None, target: str, backend: str
-    ) -> torch.Tensor:
-        """Return ``base`` plus the mixture's contribution for one target: ``x (B, D)`` or ``(B, T, D)``."""
-        gates = self.gates_for(target, x.shape[:-1])
-        return mixture_lora(x, stack, gates, base=base, combine=self.combine, backend=backend)
+    def apply(self, x: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Return the base output plus the mixture's contribution for one target: ``x (B, D)`` or ``(B, T, D)``."""
+        gates = self.gates_for(call.target, x.shape[:-1]).to(x.device)
+        return mixture_lora(
+            x, call.stack, gates, base=call.base, combine=self.combine, backend=call.backend, reuse_base=call.owns_base
+        )
 
     def gates_for(self, target: str, leading: torch.Size) -> torch.Tensor:
         """Return the values of ``target`` for an input with leading shape ``(B,)`` or ``(B, T)``."""
@@ -118,12 +136,12 @@ class AdapterIds:
         """Return the same ids on ``device`` (``self`` when they are there)."""
         return self if self.ids.device == device else AdapterIds(self.ids.to(device))
 
-    def apply(
-        self, x: torch.Tensor, stack: LoraStack, base: torch.Tensor | None, target: str, backend: str
-    ) -> torch.Tensor:
-        """Return ``base`` plus each row's adapter for one target: ``x (B, D)`` or ``(B, T, D)``."""
-        ids, plan = self._plan(x.shape[0], target)
-        return grouped_lora(x, stack, ids, base=base, plan=plan, backend=backend)
+    def apply(self, x: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Return the base output plus each row's adapter for one target: ``x (B, D)`` or ``(B, T, D)``."""
+        ids, plan = self._plan(x.shape[0], call.target)
+        return grouped_lora(
+            x, call.stack, ids, base=call.base, plan=plan, backend=call.backend, reuse_base=call.owns_base
+        )
 
     def _plan(self, rows: int, target: str) -> tuple[torch.Tensor, GroupPlan]:
         if rows not in self._plans:

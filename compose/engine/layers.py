@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compose.engine.coefficients import Selection
+from compose.engine.coefficients import LayerCall, Selection
 from compose.kernels.stack import LoraStack
 
 
@@ -60,8 +60,9 @@ class _ComposedLayer(nn.Module):
         return self.base_layer.weight  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _ComposedLayer:
+        scaling_E = self.scaling_E
         super()._apply(fn, recurse)
-        self.scaling_E = self.scaling_E.float()
+        self.scaling_E = scaling_E.to(self.scaling_E.device)  # moved, never rounded to another dtype
         self._stack = None
         return self
 
@@ -90,7 +91,13 @@ class ComposedLinear(_ComposedLayer):
         active = self._state.active
         if active is None:
             return base
-        return active.apply(x, self.stack, base, self.target, self._state.backend)
+        call = LayerCall(self.stack, base, self.target, self._state.backend, self._owns_output())
+        return active.apply(x, call)
+
+    def _owns_output(self) -> bool:
+        """Whether nothing else can hold the base layer's output, so that the update may be added in place."""
+        plain = type(self.base_layer) is nn.Linear or type(self.base_layer).__name__ == "Conv1D"
+        return plain and not self.base_layer._forward_hooks
 
 
 class ComposedEmbedding(_ComposedLayer):
@@ -114,7 +121,8 @@ class ComposedEmbedding(_ComposedLayer):
             return base
         stack = self.stack
         h_BTR = nn.functional.embedding(ids_BT, stack.a_RD.T)
-        delta = active.apply(h_BTR, _expand_only(stack), None, self.target, self._state.backend)
+        call = LayerCall(_expand_only(stack), None, self.target, self._state.backend, owns_base=False)
+        delta = active.apply(h_BTR, call)
         scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies its embeddings, adapters included
         return base + (delta if scale is None else delta * scale.to(delta.dtype)).to(base.dtype)
 
@@ -122,4 +130,4 @@ class ComposedEmbedding(_ComposedLayer):
 def _expand_only(stack: LoraStack) -> LoraStack:
     """The stack with the identity ``(R, R)`` as ``a``: an input that already holds ``A x`` passes through."""
     eye = torch.eye(stack.a_RD.shape[0], dtype=stack.a_RD.dtype, device=stack.a_RD.device)
-    return LoraStack(eye, stack.b_RO, stack.scaling_E, stack.ranks)
+    return LoraStack(eye, stack.b_RO, stack.scaling_E, stack.ranks, stack.index)

@@ -135,6 +135,20 @@ def test_detach_restores_the_very_same_modules(any_model, make_bank, run_model) 
         attached.detach()
 
 
+def test_a_hook_on_the_base_layer_keeps_what_it_saw(tiny_model, make_bank, run_model) -> None:
+    """Without hooks the update may be added in place; with one, the kept output must not change."""
+    model = tiny_model("llama")
+    kept: list[torch.Tensor] = []
+    with compose.attach(model, make_bank(model)) as attached, torch.no_grad():
+        layer = attached.layers["model.layers.0.mlp.up_proj"].base_layer
+        layer.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+        inputs: list[torch.Tensor] = []
+        layer.register_forward_hook(lambda _module, given, _output: inputs.append(given[0]))
+        attached.set("expert-2")
+        run_model(model)
+    assert_close(kept[0], torch.nn.functional.linear(inputs[0], layer.weight), atol=1e-6, rtol=1e-6)
+
+
 def test_an_exception_in_a_forward_leaves_no_state(tiny_model, make_bank, run_model) -> None:
     model = tiny_model("llama")
     plain = run_model(model)
