@@ -31,6 +31,9 @@ class Shown(NamedTuple):
 
 TASKS = (Shown("new_wording_pig_latin", 5), Shown("reverse_order_and_dashes", 20), Shown("rule_a_or_b", 5))
 TEST_ITEMS = 60
+BUDGET = 300.0
+CONTROLS = ("base", "constant", "uniform", "best_single", "trained_lora")
+"""All but the random bank, which costs another search; budget and controls keep three tasks under two minutes."""
 
 Out = Annotated[
     Path,
@@ -81,6 +84,7 @@ def _run_task(loaded: Any, bank: Any, shown: Shown, out: Path) -> dict[str, Any]
     from compose.cli.demo_files import demo_examples, demo_task
     from compose.cli.progress import SearchProgress
     from compose.fewshot.run import few_shot_search
+    from compose.fewshot.settings import SearchSettings
     from compose.report.html import render
 
     task = demo_task(shown.task)
@@ -91,13 +95,20 @@ def _run_task(loaded: Any, bank: Any, shown: Shown, out: Path) -> dict[str, Any]
             bank,
             examples,
             test=test,
+            settings=SearchSettings(budget=BUDGET, controls=CONTROLS),
             out=out / task.name,
             force=True,
             render=render,
             progress=progress,
-            command=["compose", "search", "--demo", task.name, "--shots", str(shown.shots), "--out", task.name],
+            command=_command(task.name, shown.shots),
         )
     return summary(run.report, task.name, task.group, task.description)
+
+
+def _command(task: str, shots: int) -> list[str]:
+    """The same search through ``compose search``."""
+    options = ["--shots", str(shots), "--budget", f"{BUDGET:.0f}", "--controls", ",".join(CONTROLS)]
+    return ["compose", "search", "--demo", task, *options, "--out", task]
 
 
 def summary(report: Mapping[str, Any], name: str, group: str, description: str) -> dict[str, Any]:
