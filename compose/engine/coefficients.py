@@ -120,7 +120,7 @@ class AdapterIds:
     """One adapter per row at its full strength (serving): ``ids (B,)`` int64, ``-1`` for the bare base model."""
 
     ids: torch.Tensor
-    _plans: dict[int, tuple[torch.Tensor, GroupPlan]] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[int, torch.device], tuple[torch.Tensor, GroupPlan]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.ids.dtype != torch.int64 or self.ids.dim() != 1:
@@ -138,16 +138,16 @@ class AdapterIds:
 
     def apply(self, x: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Return the base output plus each row's adapter for one target: ``x (B, D)`` or ``(B, T, D)``."""
-        ids, plan = self._plan(x.shape[0], call.target)
+        ids, plan = self._plan(x.shape[0], x.device, call.target)
         return grouped_lora(
             x, call.stack, ids, base=call.base, plan=plan, backend=call.backend, reuse_base=call.owns_base
         )
 
-    def _plan(self, rows: int, target: str) -> tuple[torch.Tensor, GroupPlan]:
-        if rows not in self._plans:
-            ids = _repeat_rows(self.ids, rows, target)
-            self._plans[rows] = (ids, plan_groups(ids))
-        return self._plans[rows]
+    def _plan(self, rows: int, device: torch.device, target: str) -> tuple[torch.Tensor, GroupPlan]:
+        if (rows, device) not in self._plans:
+            ids = _repeat_rows(self.ids, rows, target).to(device)
+            self._plans[rows, device] = (ids, plan_groups(ids))
+        return self._plans[rows, device]
 
 
 Selection = Coefficients | AdapterIds
