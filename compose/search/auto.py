@@ -240,7 +240,7 @@ def run_auto(evaluator: Evaluator, space: Space, options: Auto, guard: Guard, se
 def _scalar(
     evaluator: Evaluator, space: Space, staged: Staged, options: Auto, screened: list[list[Point]], share: float
 ) -> list[Point]:
-    """Descend from {0, best single, forward selection} of each lane; without gradients, search around the lowest of them."""
+    """Descend from {0, best single, forward selection} of each lane; without gradients, search around the lowest."""
     gradient = evaluator.differentiable
     limit = evaluator.cost + share * evaluator.affordable(gradient) * evaluator.rate(gradient)
     lanes = list(zip(*screened, strict=True))

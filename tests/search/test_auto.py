@@ -5,7 +5,6 @@ from compose.errors import IncompatibleError
 from compose.search.auto import Auto
 from compose.search.evaluator import Budget
 from compose.search.guard import Guard
-from compose.search.objective import Evaluation
 from compose.search.procedure import search
 from compose.search.space import Space
 
@@ -124,25 +123,6 @@ def test_the_account_adds_up(quadratic):
     costs = [cost for cost, _ in result.history]
     values = [value for _, value in result.history]
     assert (costs, values) == (sorted(costs), sorted(values, reverse=True))
-
-
-def test_shrinking_meets_a_fit_that_overshoots_half_way():
-    """Two examples pull one coefficient to 0.5 and 1.5 from the single's 1.0: each fold's fit overshoots the other."""
-
-    class Tug:
-        differentiable = True
-        example_weights = np.ones(2)
-
-        def __call__(self, weights, *, gradient=False, example_weights=None):
-            pulls = np.array([[0.9, 0.3], [1.1, 0.0]])
-            residuals = weights[:, None, :] - pulls
-            gradients = np.einsum("ps,psd->pd", example_weights, residuals) if gradient else None
-            return Evaluation(0.5 * np.square(residuals).sum(axis=2), gradients, len(weights) * 2.5)
-
-    result = search(Tug(), Space(num_adapters=2))
-    shrink = next(stage for stage in result.stages if stage.name == "shrink")
-    scalar = next(stage for stage in result.stages if stage.name == "scalar")
-    assert shrink.validated <= scalar.validated
 
 
 def test_auto_takes_no_starts(quadratic):

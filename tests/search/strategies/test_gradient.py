@@ -6,6 +6,7 @@ from compose.search.evaluator import Budget
 from compose.search.procedure import search
 from compose.search.space import Space
 from compose.search.strategies.gradient import Gradient
+from compose.search.strategies.lbfgs import _two_loops
 
 
 @pytest.mark.parametrize("method", ["adam", "lbfgs"])
@@ -65,6 +66,27 @@ def test_the_race_keeps_the_start_with_the_lowest_value(method, quadratic):
         state.tell(rows, result.losses.mean(axis=1), result.gradients)
     assert sizes[:3] == [3, 3, 1]
     assert np.linalg.norm(rows[-1] - 1.0) < 0.5
+
+
+def test_a_broken_row_steps_back_to_its_best_point_with_half_the_rate():
+    state = Gradient(learning_rate=0.2, decay=1.0).start(Space(num_adapters=2), starts=np.array([[1.0, 1.0]]))
+    slope = np.array([[1.0, -1.0]])
+    asked = [state.ask()]
+    state.tell(asked[0], np.array([1.0]), slope)
+    asked.append(state.ask())
+    state.tell(asked[1], np.array([1e6]), np.full((1, 2), np.nan))
+    asked.append(state.ask())
+    state.tell(asked[2], np.array([1.0]), slope)
+    asked.append(state.ask())
+    np.testing.assert_allclose(np.concatenate(asked), [[1, 1], [0.8, 1.2], [1, 1], [0.9, 1.1]], atol=1e-9)
+
+
+def test_two_loops_solve_a_quadratic_spanned_by_the_pairs():
+    # With exact line searches L-BFGS is conjugate gradients; here n conjugate pairs make the inverse Hessian exact.
+    hessian = np.diag([1.0, 4.0, 10.0])
+    pairs = [(np.eye(3)[i] * 0.3, hessian[i] * 0.3) for i in range(3)]
+    gradient = np.array([1.0, -2.0, 3.0])
+    np.testing.assert_allclose(_two_loops(gradient, pairs), np.linalg.solve(hessian, gradient), rtol=1e-12)
 
 
 def test_a_row_on_a_plateau_ends():
