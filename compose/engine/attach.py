@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,6 +99,11 @@ class AttachedModel:
             self.detach()
 
     @property
+    def device(self) -> torch.device:
+        """Where the first composed layer's factors are."""
+        return next(iter(self.layers.values())).a_RD.device
+
+    @property
     def active(self) -> Selection | None:
         """What is in force now."""
         return self._state.active
@@ -179,7 +185,7 @@ class AttachedModel:
         if not isinstance(selection, Coefficients | AdapterIds):
             raise IncompatibleError(f"expected coefficients, names or None, got {type(selection).__name__}")
         selection.check(list(self.layers), len(self.bank))
-        return selection.to(next(iter(self.layers.values())).a_RD.device)
+        return selection.to(self.device)
 
     def _export(self, index: int, name: str) -> Adapter:
         source = self.bank[name]
@@ -226,7 +232,7 @@ def _hint(target: str, modules: Mapping[str, nn.Module]) -> str:
     )
 
 
-def _shape_of(module: nn.Module) -> tuple[str, int, int] | None:
+def _shape_of(module: Any) -> tuple[str, int, int] | None:
     """Return (kind, input width, output width) of a module an adapter can stand on, else ``None``."""
     if isinstance(module, nn.Embedding):
         return "embedding", module.num_embeddings, module.embedding_dim
@@ -250,14 +256,14 @@ def _stacks(bank: Bank, modules: Mapping[str, nn.Module]) -> dict[str, LoraStack
     return {target: _moved(bank.stack(target), *place) for target, place in places.items()}
 
 
-def _place(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+def _place(module: Any) -> tuple[torch.dtype, torch.device]:
     weight = module.weight
     return weight.dtype if weight.is_floating_point() else torch.get_default_dtype(), weight.device
 
 
 def _moved(stack: LoraStack, dtype: torch.dtype, device: torch.device) -> LoraStack:
-    factors = (factor.to(device, dtype) for factor in (stack.a_RD, stack.b_RO))
-    return LoraStack(*factors, stack.scaling_E.to(device), stack.ranks)
+    a_RD, b_RO = stack.a_RD.to(device, dtype), stack.b_RO.to(device, dtype)
+    return LoraStack(a_RD, b_RO, stack.scaling_E.to(device), stack.ranks)
 
 
 def _composed(module: nn.Module, stack: LoraStack, target: str, state: RuntimeState, kind: str) -> ComposedLayer:

@@ -28,6 +28,10 @@ class RuntimeState:
 class _ComposedLayer(nn.Module):
     """Base of the two composed layers: the wrapped module, its stack, and the state shared with the handle."""
 
+    a_RD: torch.Tensor
+    b_RO: torch.Tensor
+    scaling_E: torch.Tensor
+
     def __init__(self, base_layer: nn.Module, stack: LoraStack, target: str, state: RuntimeState) -> None:
         super().__init__()
         self.base_layer = base_layer

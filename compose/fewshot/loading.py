@@ -41,7 +41,7 @@ def load_model(path_or_id: str | Path, *, device: str = "cpu", dtype: str = "aut
     try:
         config = AutoConfig.from_pretrained(source)
         loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = loader.from_pretrained(source, dtype=_dtype(dtype, config, device), config=config)
+        model: Any = loader.from_pretrained(source, dtype=_dtype(dtype, config, device), config=config)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]

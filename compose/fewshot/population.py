@@ -25,8 +25,8 @@ DEFAULT_TOKENS = 16_384
 """Tokens in one forward unless the caller says otherwise."""
 
 CPU_TOKENS = 2_048
-"""Tokens in one forward on a CPU, at most: beyond, activations leave the caches and every candidate costs more (1.5x at
-16,384 tokens, measured with 3M and 35M parameters)."""
+"""Tokens in one forward on a CPU, at most: beyond, activations leave the caches and every candidate costs more (1.5x
+at 16,384 tokens, measured with 3M and 35M parameters)."""
 
 
 class PopulationObjective:
@@ -130,7 +130,7 @@ class PopulationObjective:
     def _forward(
         self, weights_PD: torch.Tensor, examples: Sequence[int], pull_PS: torch.Tensor | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        count, device = len(weights_PD), self._attached.model.device
+        count, device = len(weights_PD), self._attached.device
         leaf = weights_PD.to(device, torch.float32).requires_grad_(pull_PS is not None)
         per_row_GPN = leaf.view(count, self.num_groups, self.num_adapters).transpose(0, 1)
         values = per_row_GPN.repeat_interleave(len(examples), dim=1)
