@@ -82,11 +82,16 @@ def test_a_broken_row_steps_back_to_its_best_point_with_half_the_rate():
 
 
 def test_two_loops_solve_a_quadratic_spanned_by_the_pairs():
-    # With exact line searches L-BFGS is conjugate gradients; here n conjugate pairs make the inverse Hessian exact.
-    hessian = np.diag([1.0, 4.0, 10.0])
-    pairs = [(np.eye(3)[i] * 0.3, hessian[i] * 0.3) for i in range(3)]
+    # n steps that are conjugate (not orthogonal) in the Hessian make the inverse exact (Nocedal and Wright, thm. 6.4).
+    hessian = np.array([[4.0, 1.0, 0.0], [1.0, 3.0, 0.5], [0.0, 0.5, 10.0]])
+    steps = []
+    for vector in np.array([[1.0, 0.2, 0.1], [0.0, 1.0, 0.3], [0.4, 0.0, 1.0]]):
+        for step in steps:
+            vector = vector - step * (vector @ hessian @ step) / (step @ hessian @ step)
+        steps.append(vector)
     gradient = np.array([1.0, -2.0, 3.0])
-    np.testing.assert_allclose(_two_loops(gradient, pairs), np.linalg.solve(hessian, gradient), rtol=1e-12)
+    found = _two_loops(gradient, [(step, hessian @ step) for step in steps])
+    np.testing.assert_allclose(found, np.linalg.solve(hessian, gradient), rtol=1e-12)
 
 
 def test_a_row_on_a_plateau_ends():
