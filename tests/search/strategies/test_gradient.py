@@ -81,17 +81,19 @@ def test_a_broken_row_steps_back_to_its_best_point_with_half_the_rate():
     np.testing.assert_allclose(np.concatenate(asked), [[1, 1], [0.8, 1.2], [1, 1], [0.9, 1.1]], atol=1e-9)
 
 
-def test_two_loops_solve_a_quadratic_spanned_by_the_pairs():
-    # n steps that are conjugate (not orthogonal) in the Hessian make the inverse exact (Nocedal and Wright, thm. 6.4).
-    hessian = np.array([[4.0, 1.0, 0.0], [1.0, 3.0, 0.5], [0.0, 0.5, 10.0]])
-    steps = []
-    for vector in np.array([[1.0, 0.2, 0.1], [0.0, 1.0, 0.3], [0.4, 0.0, 1.0]]):
-        for step in steps:
-            vector = vector - step * (vector @ hessian @ step) / (step @ hessian @ step)
-        steps.append(vector)
-    gradient = np.array([1.0, -2.0, 3.0])
-    found = _two_loops(gradient, [(step, hessian @ step) for step in steps])
-    np.testing.assert_allclose(found, np.linalg.solve(hessian, gradient), rtol=1e-12)
+def test_two_loops_equal_the_explicit_bfgs_inverse():
+    generator = np.random.default_rng(0)
+    root = generator.standard_normal((4, 4))
+    hessian = root @ root.T + np.eye(4)
+    pairs = [(step, hessian @ step) for step in generator.standard_normal((3, 4))]
+    step, change = pairs[-1]
+    inverse = np.eye(4) * (step @ change) / (change @ change)
+    for step, change in pairs:  # Nocedal and Wright, eq. 6.17
+        rho = 1 / (step @ change)
+        left = np.eye(4) - rho * np.outer(step, change)
+        inverse = left @ inverse @ left.T + rho * np.outer(step, step)
+    gradient = generator.standard_normal(4)
+    np.testing.assert_allclose(_two_loops(gradient, pairs), inverse @ gradient, rtol=1e-10)
 
 
 def test_a_row_on_a_plateau_ends():
