@@ -45,6 +45,24 @@ def _interval(triple):
     return None if triple is None else dict(zip(("mean", "low", "high"), triple, strict=True))
 
 
+def search_section(groups: int, history: int, course: list[list[float]]) -> dict[str, Any]:
+    """Return the part about the search itself."""
+    return {"strategy": "auto", "ran": "auto: singles, pair, gradient", "evaluations": history,
+                   "cost": 171.6, "seconds": 12.4, "history": course,
+                   "stages": [{"name": "singles", "value": 0.34, "cross_validated": 0.36, "cost": 24.0},
+                              {"name": "gradient", "value": 0.22, "cross_validated": 0.29, "cost": 60.0},
+                              {"name": "layer-wise gradient", "value": 0.21, "cross_validated": None, "cost": 87.0}],
+                   "guard": [
+                       {"kind": "base", "value": 3.4, "validated": 3.4, "against": None, "gain": None,
+                        "standard_error": None, "margin": None, "accepted": True},
+                       {"kind": "single", "value": 0.34, "validated": 0.36, "against": "base", "gain": 3.04,
+                        "standard_error": 0.21, "margin": 0.0, "accepted": True},
+                       {"kind": "scalar", "value": 0.22, "validated": 0.29, "against": "single", "gain": 0.07,
+                        "standard_error": 0.03, "margin": 0.03, "accepted": groups == 1}],
+                   "choice": "scalar" if groups == 1 else "layerwise",
+                   "reason": "Cross-validated loss 0.29 against 0.36 for the best single adapter (reverse-words)."}  # fmt: skip
+
+
 def make_report(groups: int = 1, shots: int = 5, bank: int = 24, history: int = 90) -> dict[str, Any]:
     """Return a report of the schema with deterministic made-up numbers."""
     draw = random.Random(3)
@@ -76,20 +94,7 @@ def make_report(groups: int = 1, shots: int = 5, bank: int = 24, history: int = 
         "settings": {"strategy": "auto", "combine": "outputs", "layers": None, "budget": None, "candidates": 20,
                      "preselect": "loss", "l1": 0.05, "smoothness": 0.0, "seed": 0, "rank": None, "controls": "auto",
                      "max_rows": None, "bootstrap": 1000},
-        "search": {"strategy": "auto", "ran": "auto: singles, pair, gradient", "evaluations": history,
-                   "cost": 171.6, "seconds": 12.4, "history": course,
-                   "stages": [{"name": "singles", "value": 0.34, "cross_validated": 0.36, "cost": 24.0},
-                              {"name": "gradient", "value": 0.22, "cross_validated": 0.29, "cost": 60.0},
-                              {"name": "layer-wise gradient", "value": 0.21, "cross_validated": None, "cost": 87.0}],
-                   "guard": [
-                       {"kind": "base", "value": 3.4, "validated": 3.4, "against": None, "gain": None,
-                        "standard_error": None, "margin": None, "accepted": True},
-                       {"kind": "single", "value": 0.34, "validated": 0.36, "against": "base", "gain": 3.04,
-                        "standard_error": 0.21, "margin": 0.0, "accepted": True},
-                       {"kind": "scalar", "value": 0.22, "validated": 0.29, "against": "single", "gain": 0.07,
-                        "standard_error": 0.03, "margin": 0.03, "accepted": groups == 1}],
-                   "choice": "scalar" if groups == 1 else "layerwise",
-                   "reason": "Cross-validated loss 0.29 against 0.36 for the best single adapter (reverse-words)."},
+        "search": search_section(groups, history, course),
         "weights": {"adapters": candidates, "values": values,
                     "groups": ["all"] if groups == 1 else [f"layer {i}" for i in range(groups)]},
         "examples": [{"input": given, "output": wanted, "loss_base": 2.4 + 0.5 * i, "text_base": given[-14:],
