@@ -60,7 +60,7 @@ def search_section(groups: int, history: int, course: list[list[float]]) -> dict
                        {"kind": "scalar", "value": 0.22, "validated": 0.29, "against": "single", "gain": 0.07,
                         "standard_error": 0.03, "margin": 0.03, "accepted": groups == 1}],
                    "choice": "scalar" if groups == 1 else "layerwise",
-                   "reason": "Cross-validated loss 0.29 against 0.36 for the best single (reverse-words)."}  # fmt: skip
+                   "reason": "Cross-validated loss 0.29 against 0.36 for reverse-words."}  # fmt: skip
 
 
 def make_report(groups: int = 1, shots: int = 5, bank: int = 24, history: int = 90) -> dict[str, Any]:
