@@ -29,7 +29,7 @@ class Shown(NamedTuple):
     shots: int
 
 
-TASKS = (Shown("new_wording_pig_latin", 5), Shown("reverse_order_and_dashes", 20), Shown("rule_a_or_b", 5))
+TASKS = (Shown("new_wording_pig_latin", 5), Shown("reverse_order_and_dashes", 5), Shown("rule_a_or_b", 5))
 TEST_ITEMS = 60
 BUDGET = 120.0
 CONTROLS = ("base", "constant", "uniform", "best_single", "trained_lora")
