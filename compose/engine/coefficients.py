@@ -46,16 +46,22 @@ class Coefficients:
     that holds each row ``k`` times (beams, returned sequences) uses the row's coefficients ``k`` times, and a step of
     one token uses the last token's.
 
+    With ``indices`` the values are sparse: ``K`` numbers for the adapters named, at any of these scopes, so a row that
+    uses three of a thousand adapters costs three.
+
     Attributes:
         values: The numbers; any floating dtype, may require gradients.
         combine: ``"outputs"``: sum of the adapters' outputs, linear and exact for any ranks. ``"parameters"``: product
             of summed factors (LoRAHub, arXiv:2307.13269), with cross terms. They are different functions.
         groups: Target path -> group number, or ``None`` for one set of values for all targets.
+        indices: int64, the shape of ``values`` without ``G``: the adapters the last dimension's entries belong to, -1
+            for none; ``None``: all adapters in the bank's order.
     """
 
     values: torch.Tensor
     combine: Combine = "outputs"
     groups: Mapping[str, int] | None = None
+    indices: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.combine not in ("outputs", "parameters"):
@@ -68,17 +74,19 @@ class Coefficients:
             )
         if self.groups is not None and (bad := [g for g in self.groups.values() if not 0 <= g < len(self.values)]):
             raise IncompatibleError(f"group numbers must lie in [0, {len(self.values)}), got {bad[0]}")
-
-    @property
-    def num_adapters(self) -> int:
-        """``E``."""
-        return self.values.shape[-1]
+        wanted = self.values.shape[self.groups is not None :]
+        if self.indices is not None and (self.indices.dtype != torch.int64 or self.indices.shape != wanted):
+            raise IncompatibleError(
+                f"indices must be int64 of shape {tuple(wanted)}, got {self.indices.dtype} {tuple(self.indices.shape)}"
+            )
 
     def check(self, targets: list[str], num_adapters: int) -> None:
         """Raise unless the values fit a bank of ``num_adapters`` and the groups cover ``targets``."""
-        if self.num_adapters != num_adapters:
+        if self.indices is not None:
+            _check_range("indices", self.indices, num_adapters)
+        elif self.values.shape[-1] != num_adapters:
             raise IncompatibleError(
-                f"the bank holds {num_adapters} adapters, the coefficients have {self.num_adapters}"
+                f"the bank holds {num_adapters} adapters, the coefficients have {self.values.shape[-1]}"
             )
         missing = [] if self.groups is None else [target for target in targets if target not in self.groups]
         if missing:
@@ -88,30 +96,23 @@ class Coefficients:
         """Return the same coefficients on ``device`` (``self`` when they are there)."""
         if self.values.device == device:
             return self
-        return Coefficients(self.values.to(device), self.combine, self.groups)
+        indices = None if self.indices is None else self.indices.to(device)
+        return Coefficients(self.values.to(device), self.combine, self.groups, indices)
 
     def apply(self, x: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Return the base output plus the mixture's contribution for one target: ``x (B, D)`` or ``(B, T, D)``."""
-        gates = self.gates_for(call.target, x.shape[:-1]).to(x.device)
+        values = self.values if self.groups is None else self.values[self.groups[call.target]]
+        gates = _fit(values, x.shape[:-1], call.target).to(x.device)
+        indices = None if self.indices is None else _fit(self.indices, x.shape[:-1], call.target).to(x.device)
         return mixture_lora(
-            x, call.stack, gates, base=call.base, combine=self.combine, backend=call.backend, reuse_base=call.owns_base
-        )
-
-    def gates_for(self, target: str, leading: torch.Size) -> torch.Tensor:
-        """Return the values of ``target`` for an input with leading shape ``(B,)`` or ``(B, T)``."""
-        gates = self.values if self.groups is None else self.values[self.groups[target]]
-        if gates.dim() == 1:
-            return gates
-        gates = _repeat_rows(gates, leading[0], target)
-        if gates.dim() == 2:
-            return gates
-        if len(leading) == 2 and leading[1] == gates.shape[1]:
-            return gates
-        if len(leading) == 2 and leading[1] == 1:
-            return gates[:, -1:]
-        raise IncompatibleError(
-            f"{target}: coefficients per token have shape {tuple(self.values.shape)}, the input has {tuple(leading)} "
-            "rows and tokens; give coefficients of the same length"
+            x,
+            call.stack,
+            gates,
+            indices,
+            base=call.base,
+            combine=self.combine,
+            backend=call.backend,
+            reuse_base=call.owns_base,
         )
 
 
@@ -128,9 +129,7 @@ class AdapterIds:
 
     def check(self, targets: list[str], num_adapters: int) -> None:
         """Raise unless every id is ``-1`` or names one of ``num_adapters``."""
-        bad = self.ids[(self.ids < -1) | (self.ids >= num_adapters)]
-        if len(bad):
-            raise IncompatibleError(f"ids must lie in [-1, {num_adapters}), got {int(bad[0])}")
+        _check_range("ids", self.ids, num_adapters)
 
     def to(self, device: torch.device) -> AdapterIds:
         """Return the same ids on ``device`` (``self`` when they are there)."""
@@ -151,6 +150,27 @@ class AdapterIds:
 
 
 Selection = Coefficients | AdapterIds
+
+
+def _check_range(what: str, ids: torch.Tensor, num_adapters: int) -> None:
+    bad = ids[(ids < -1) | (ids >= num_adapters)]
+    if len(bad):
+        raise IncompatibleError(f"{what} must lie in [-1, {num_adapters}), got {int(bad[0])}")
+
+
+def _fit(values: torch.Tensor, leading: torch.Size, target: str) -> torch.Tensor:
+    """Return values ``(K,)``, ``(B, K)`` or ``(B, T, K)`` for an input with leading shape ``(B,)`` or ``(B, T)``."""
+    if values.dim() == 1:
+        return values
+    fitting = _repeat_rows(values, leading[0], target)
+    if fitting.dim() == 2 or (len(leading) == 2 and leading[1] == fitting.shape[1]):
+        return fitting
+    if len(leading) == 2 and leading[1] == 1:
+        return fitting[:, -1:]
+    raise IncompatibleError(
+        f"{target}: coefficients per token have shape {tuple(values.shape)}, the input has {tuple(leading)} "
+        "rows and tokens; give coefficients of the same length"
+    )
 
 
 def _repeat_rows(values: torch.Tensor, rows: int, target: str) -> torch.Tensor:

@@ -31,9 +31,9 @@ def composed_adapter(bank: Bank, coefficients: Coefficients, *, name: str, rank:
         rank: Recompress every target to at most this rank (Eckart-Young).
     """
     per_target = coefficients.values.dim() - (coefficients.groups is not None)
-    if per_target != 1:
+    if per_target != 1 or coefficients.indices is not None:
         raise IncompatibleError(
-            f"only coefficients for the whole batch have a static form, got {tuple(coefficients.values.shape)}"
+            f"only dense coefficients for the whole batch have a static form, got {tuple(coefficients.values.shape)}"
         )
     adapters = [bank[member] for member in bank.names]
     targets: dict[str, LowRank] = {}

@@ -62,6 +62,23 @@ def test_every_row_has_its_own_coefficients(any_model, make_bank, run_model) -> 
             assert_close(together[row], run_model(any_model)[row], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("combine", ["outputs", "parameters"])
+def test_sparse_coefficients_equal_dense_ones(any_model, make_bank, run_model, combine) -> None:
+    bank = make_bank(any_model, embeddings=True)
+    indices = torch.tensor([[2, 0], [3, -1], [1, 2]])
+    values = torch.tensor([[0.5, -0.7], [0.9, 0.4], [0.3, 0.6]])
+    dense = torch.zeros(3, 5).scatter(1, torch.where(indices < 0, 4, indices), values)[:, :4]
+    with compose.attach(any_model, bank) as attached:
+        attached.set(Coefficients(dense, combine))
+        wanted = run_model(any_model)
+        attached.set(Coefficients(values, combine, indices=indices))
+        assert_close(run_model(any_model), wanted, atol=2e-5, rtol=1e-5)
+        with pytest.raises(IncompatibleError, match=r"indices must lie in \[-1, 4\), got 4"):
+            attached.set(Coefficients(values, combine, indices=indices + 1))
+        with pytest.raises(IncompatibleError, match="indices must be int64"):
+            Coefficients(values, combine, indices=indices[:2])
+
+
 def test_every_row_has_its_own_adapter(any_model, make_bank, run_model) -> None:
     bank = make_bank(any_model, embeddings=True)
     with compose.attach(any_model, bank) as attached:
