@@ -43,8 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     make_compose_importable()
     import torch
+    import transformers
     from registry import Settings, load_cases
 
+    transformers.logging.disable_progress_bar()
     cases = load_cases()
     options = _parser().parse_args(arguments)
     if options.list:

@@ -55,7 +55,8 @@ def write_folders(folder: Path, model: Any, name: str, count: int, rank: int) ->
     adapters = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
-        targets, state = {}, {}
+        targets: dict[str, LowRank] = {}
+        state: dict[str, torch.Tensor] = {}
         for path, update in template.targets.items():
             a = torch.empty_like(update.a).normal_(0.0, 0.2, generator=generator)
             b = torch.empty_like(update.b).normal_(0.0, 0.02, generator=generator)

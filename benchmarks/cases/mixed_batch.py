@@ -35,15 +35,17 @@ def mixed_batch(settings: Settings) -> Iterator[Point]:
         tokens = torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(length))
         for distinct in (1, bank_size) if settings.quick else (1, 8, 32):
             ids = torch.arange(rows) % distinct
-            yield _point(attached, peft, tokens.to(settings.device), ids, settings)
+            yield _point(attached, peft, tokens.to(settings.device), ids.to(settings.device), settings)
 
 
 def _point(attached: Any, peft: Any, tokens: torch.Tensor, ids: torch.Tensor, settings: Settings) -> Point:
     names = [f"adapter-{index}" for index in ids.tolist()]
-    selection = AdapterIds(ids)
+    kept = AdapterIds(ids)
     distinct, length = len(set(names)), tokens.shape[1]
 
     def ours() -> torch.Tensor:
+        # A batch of prompts is grouped once; the decode steps that follow use that grouping again.
+        selection = kept if length == 1 else AdapterIds(ids)
         with torch.no_grad(), attached.using(selection):
             return attached.model(input_ids=tokens, use_cache=False).logits
 
