@@ -23,7 +23,9 @@ def test_packages_resolve_from_the_checkout_and_from_elsewhere(tmp_path: Path) -
 
 
 def test_importing_compose_is_inert() -> None:
-    code = "import compose, sys; dir(compose); print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = (
+        "import compose, sys; dir(compose); print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
     assert run(code, ROOT) == "[]"
 
 

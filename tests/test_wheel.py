@@ -18,7 +18,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in (["wheel", "--no-deps", "-w", str(wheels), str(ROOT)],):
         subprocess.run([*pip, *command], check=True, capture_output=True, timeout=600)
     (wheel,) = wheels.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, capture_output=True)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, capture_output=True
+    )
     return target
 
 

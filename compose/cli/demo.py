@@ -31,7 +31,8 @@ class Shown(NamedTuple):
 
 TASKS = (Shown("new_wording_pig_latin", 5), Shown("reverse_order_and_dashes", 5), Shown("rule_a_or_b", 5))
 TEST_ITEMS = 60
-BUDGET = 120.0
+BUDGET = 250.0
+FOLDS = 3
 CONTROLS = ("base", "constant", "uniform", "best_single", "trained_lora")
 """All but the random bank, which costs another search; budget and controls keep three tasks under two minutes."""
 

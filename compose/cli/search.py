@@ -98,7 +98,7 @@ def search(  # noqa: PLR0913 - one parameter per option
     budget: Budget = None,
     candidates: Candidates = 20,
     preselect: PreselectOption = "loss",
-    l1: L1 = 0.05,
+    l1: L1 = 0.2,
     seed: Seed = 0,
     controls: Controls = "auto",
     rank: Rank = None,

@@ -28,6 +28,9 @@ CPU_TOKENS = 2_048
 """Tokens in one forward on a CPU, at most: beyond, activations leave the caches and every candidate costs more (1.5x
 at 16,384 tokens, measured with 3M and 35M parameters)."""
 
+SPARSE_SHARE = 4
+"""Candidates that use at most one in so many adapters are evaluated with sparse coefficients."""
+
 
 class PopulationObjective:
     """Per-example losses, and gradients, of a population of coefficient vectors.
@@ -131,15 +134,34 @@ class PopulationObjective:
         self, weights_PD: torch.Tensor, examples: Sequence[int], pull_PS: torch.Tensor | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         count, device = len(weights_PD), self._attached.device
-        leaf = weights_PD.to(device, torch.float32).requires_grad_(pull_PS is not None)
-        per_row_GPN = leaf.view(count, self.num_groups, self.num_adapters).transpose(0, 1)
-        values = per_row_GPN.repeat_interleave(len(examples), dim=1)
-        coefficients = Coefficients(values if self._groups is not None else values[0], self._combine, self._groups)
         rows = [self._examples[index] for index in examples] * count
-        with self._attached.using(coefficients), torch.set_grad_enabled(pull_PS is not None):
+        if pull_PS is None:
+            with self._attached.using(self._selection(weights_PD.float(), len(examples))), torch.no_grad():
+                losses = response_losses(self._attached.model, rows)
+            return losses.view(count, len(examples)).double().cpu().numpy(), None
+        leaf = weights_PD.to(device, torch.float32).requires_grad_()
+        with self._attached.using(self._dense(leaf, len(examples))), torch.enable_grad():
             losses_PS = response_losses(self._attached.model, rows).view(count, len(examples))
-            if pull_PS is None:
-                return losses_PS.double().cpu().numpy(), None
             pulled = (losses_PS * pull_PS.to(device, losses_PS.dtype)).sum()
             (gradient_PD,) = torch.autograd.grad(pulled, leaf)
         return losses_PS.detach().double().cpu().numpy(), gradient_PD.double().cpu().numpy()
+
+    def _dense(self, weights_PD: torch.Tensor, repeats: int) -> Coefficients:
+        """Coefficients of all adapters, each candidate repeated for its examples."""
+        values_GPN = weights_PD.view(len(weights_PD), self.num_groups, self.num_adapters).transpose(0, 1)
+        values = values_GPN.repeat_interleave(repeats, dim=1)
+        return Coefficients(values if self._groups is not None else values[0], self._combine, self._groups)
+
+    def _selection(self, weights_PD: torch.Tensor, repeats: int) -> Coefficients | None:
+        """Sparse coefficients where every candidate uses few adapters: its rank rows suffice, not the whole bank's."""
+        used_PN = weights_PD.view(len(weights_PD), self.num_groups, self.num_adapters).ne(0).any(1)
+        most = int(used_PN.sum(1).max())
+        if most == 0:
+            return None
+        if most * SPARSE_SHARE > self.num_adapters:
+            return self._dense(weights_PD, repeats)
+        indices_PK = used_PN.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        weights_GPN = weights_PD.view(len(weights_PD), self.num_groups, self.num_adapters).transpose(0, 1)
+        values_GPK = weights_GPN.gather(2, indices_PK.expand(self.num_groups, -1, -1))
+        values, indices = values_GPK.repeat_interleave(repeats, dim=1), indices_PK.repeat_interleave(repeats, dim=0)
+        return Coefficients(values if self._groups is not None else values[0], self._combine, self._groups, indices)

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from compose.engine.attach import AttachedModel
-from compose.engine.coefficients import AdapterIds
+from compose.engine.coefficients import Coefficients
 from compose.errors import ComposeError
 from compose.fewshot.encoding import Encoded
 from compose.fewshot.examples import Example
 from compose.fewshot.losses import response_losses
-from compose.fewshot.population import DEFAULT_TOKENS
+from compose.fewshot.population import CPU_TOKENS, DEFAULT_TOKENS
 
 Preselect = Literal["loss", "random", "embedding"]
 Ranker = Callable[[Sequence[Example]], Sequence[str]]
@@ -37,9 +37,12 @@ class Preselection(NamedTuple):
 
 
 def preselect_by_loss(attached: AttachedModel, shots: Sequence[Encoded], keep: int) -> Preselection:
-    """Keep the ``keep`` adapters of lowest loss, each alone at weight 1, by successive halving (arXiv:1502.07943).
+    """Keep ``keep`` adapters: half by their loss alone, half by their loss added to the best one, all at weight 1.
 
-    Every round doubles the shots and drops the worse half; the survivors are measured on all shots.
+    An adapter may help only together with another (the second skill of a composition), and alone looks like any other;
+    so the second half is chosen beside the best single. Adapters alone are screened by successive halving
+    (arXiv:1502.07943): every round doubles the shots and drops the worse half down to ``keep``; the survivors are
+    measured on all shots. Pairs are measured on all shots.
     """
     survivors = list(range(len(attached.bank)))
     rounds = max(0, math.ceil(math.log2(len(survivors) / keep))) if len(survivors) > keep else 0
@@ -53,8 +56,15 @@ def preselect_by_loss(attached: AttachedModel, shots: Sequence[Encoded], keep: i
     means = single_losses(attached, shots, survivors).mean(axis=1)
     cost += len(survivors)
     alone = {attached.bank.names[index]: float(mean) for index, mean in zip(survivors, means, strict=True)}
-    kept = sorted(np.array(survivors)[np.argsort(means, kind="stable")[:keep]].tolist())
-    return Preselection(tuple(attached.bank.names[index] for index in kept), alone, cost)
+    ranked = np.array(survivors)[np.argsort(means, kind="stable")].tolist()
+    if len(attached.bank) <= keep:
+        return Preselection(attached.bank.names, alone, cost)
+    first = ranked[: math.ceil(keep / 2)]
+    others = [index for index in range(len(attached.bank)) if index not in first]
+    paired = pair_losses(attached, shots, first[0], others).mean(axis=1)
+    second = np.array(others)[np.argsort(paired, kind="stable")[: keep - len(first)]].tolist()
+    kept = sorted([*first, *second])
+    return Preselection(tuple(attached.bank.names[index] for index in kept), alone, cost + len(others))
 
 
 def preselect_at_random(names: Sequence[str], keep: int, seed: int) -> Preselection:
@@ -86,22 +96,28 @@ def preselect_by_ranker(
     return Preselection(tuple(name for name in names if name in kept), {}, 0.0)
 
 
-@torch.no_grad()
-def single_losses(
-    attached: AttachedModel, shots: Sequence[Encoded], adapters: Sequence[int], *, max_tokens: int = DEFAULT_TOKENS
-) -> np.ndarray:
-    """Loss of every adapter alone on every shot: ``(len(adapters), len(shots))`` float64.
+def single_losses(attached: AttachedModel, shots: Sequence[Encoded], adapters: Sequence[int]) -> np.ndarray:
+    """Loss of every adapter alone on every shot: ``(len(adapters), len(shots))`` float64."""
+    return _row_losses(attached, shots, torch.tensor(adapters)[:, None])
 
-    Rows of the batch carry their own adapter, so the cost does not grow with the bank.
-    """
-    losses = np.empty((len(adapters), len(shots)))
+
+def pair_losses(attached: AttachedModel, shots: Sequence[Encoded], first: int, others: Sequence[int]) -> np.ndarray:
+    """Loss of ``first`` and each other adapter, both at 1, on every shot: ``(len(others), len(shots))`` float64."""
+    return _row_losses(attached, shots, torch.tensor([[first, other] for other in others]))
+
+
+@torch.no_grad()
+def _row_losses(attached: AttachedModel, shots: Sequence[Encoded], indices_PK: torch.Tensor) -> np.ndarray:
+    """Losses ``(P, S)`` of sums of ``K`` adapters; rows carry their own, so the cost does not grow with the bank."""
+    losses = np.empty((len(indices_PK), len(shots)))
     order = sorted(range(len(shots)), key=lambda index: (shots[index].length, index))
-    pairs = [(row, shot) for shot in order for row in range(len(adapters))]
-    size = max(1, max_tokens // max(shot.length for shot in shots))
-    for start in range(0, len(pairs), size):
-        chunk = pairs[start : start + size]
-        with attached.using(AdapterIds(torch.tensor([adapters[row] for row, _ in chunk]))):
-            found = response_losses(attached.model, [shots[shot] for _, shot in chunk])
-        rows, columns = zip(*chunk, strict=True)
-        losses[list(rows), list(columns)] = found.double().cpu().numpy()
+    cells = [(row, shot) for shot in order for row in range(len(indices_PK))]
+    limit = CPU_TOKENS if attached.device.type == "cpu" else DEFAULT_TOKENS
+    size = max(1, limit // max(shot.length for shot in shots))
+    for start in range(0, len(cells), size):
+        rows, columns = (list(part) for part in zip(*cells[start : start + size], strict=True))
+        indices_BK = indices_PK[rows]
+        with attached.using(Coefficients(torch.ones(indices_BK.shape), indices=indices_BK)):
+            found = response_losses(attached.model, [shots[shot] for shot in columns])
+        losses[rows, columns] = found.double().cpu().numpy()
     return losses

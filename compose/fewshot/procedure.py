@@ -15,6 +15,7 @@ from compose.fewshot.encoding import Encoded
 from compose.fewshot.population import DEFAULT_TOKENS, PopulationObjective
 from compose.fewshot.settings import SearchSettings
 from compose.search.evaluator import Budget, Progress
+from compose.search.guard import Guard
 from compose.search.journal import JournalFile
 from compose.search.procedure import SearchResult, search
 from compose.search.space import Space
@@ -104,6 +105,7 @@ def run_search(
         strategy=settings.strategy,
         budget=search_budget(settings) if cost is None else Budget(cost=max(1.0, cost)),
         seed=settings.seed,
+        guard=Guard(max_folds=settings.folds) if settings.strategy == "auto" else None,
         journal=journal,
         progress=progress,
     )

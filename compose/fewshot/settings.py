@@ -29,6 +29,8 @@ class SearchSettings:
             LoRAHub's paper, or by ``"embedding"`` of the shots (needs a ranker).
         l1: Weight of the mean absolute coefficient in the objective.
         smoothness: Weight of the mean squared difference of neighbouring layer groups.
+        folds: Folds over the shots by which ``"auto"`` judges every candidate, at least 2; 0 compares them on the shots
+            themselves.
         seed: Of every random choice.
         rank: Recompress the result to at most this rank.
         controls: Names out of `CONTROLS`; ``None``: all, but the expensive two only where they are cheap.
@@ -45,8 +47,9 @@ class SearchSettings:
     evaluations: int | None = None
     candidates: int = 20
     preselect: Preselect = "loss"
-    l1: float = 0.05
+    l1: float = 0.2
     smoothness: float = 0.0
+    folds: int = 5
     seed: int = 0
     rank: int | None = None
     controls: tuple[str, ...] | None = None
@@ -63,7 +66,7 @@ class SearchSettings:
         ]
         problems += [
             f"{name} must not be negative, got {value}"
-            for name in ("l1", "smoothness", "seed")
+            for name in ("l1", "smoothness", "seed", "folds")
             if (value := getattr(self, name)) < 0
         ]
         for name, allowed in (("combine", ("outputs", "parameters")), ("preselect", ("loss", "random", "embedding"))):
@@ -71,6 +74,8 @@ class SearchSettings:
                 problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not (self.layers is None or self.layers == "each" or (isinstance(self.layers, int) and self.layers >= 1)):
             problems.append(f"layers must be 'each' or a number of at least 1, got {self.layers!r}")
+        if self.folds == 1:
+            problems.append("folds must be 0 or at least 2, got 1")
         unknown = sorted(set(self.controls or ()) - set(CONTROLS))
         if unknown:
             problems.append(f"unknown controls {unknown} (known: {', '.join(CONTROLS)})")

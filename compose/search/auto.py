@@ -42,9 +42,9 @@ class Auto:
         layerwise: Whether to run the last stage (only with more than one layer group).
     """
 
-    descent: Gradient = field(default_factory=lambda: Gradient(race=5))
+    descent: Gradient = field(default_factory=lambda: Gradient(race=5, learning_rate=0.07))
     without_gradient: Cma = field(default_factory=lambda: Cma(sigma0=0.25))
-    forward: Greedy | None = field(default_factory=lambda: Greedy(grid=(0.5, 1.0), max_adapters=4))
+    forward: Greedy | None = field(default_factory=lambda: Greedy(grid=(1.0,), max_adapters=3))
     forward_share: float = 0.4
     layerwise: bool = True
 

@@ -44,6 +44,18 @@ def test_a_population_equals_its_candidates_one_by_one(attached, shots, combine,
         np.testing.assert_allclose(row, alone, atol=2e-5)
 
 
+@pytest.mark.parametrize("combine", ["outputs", "parameters"])
+@pytest.mark.parametrize("layers", [False, True], ids=["scalar", "layers"])
+def test_candidates_of_few_adapters_equal_the_dense_evaluation(attached, shots, combine, layers, monkeypatch) -> None:
+    objective = objective_of(attached, shots, combine, layers)
+    weights = np.zeros((3, objective.num_groups, 6))
+    weights[0, :, 4], weights[1, -1, 1] = 1.0, -0.7
+    weights = weights.reshape(3, -1)
+    sparse = objective(weights).losses
+    monkeypatch.setattr("compose.fewshot.population.SPARSE_SHARE", 100)
+    np.testing.assert_allclose(sparse, objective(weights).losses, atol=2e-5)
+
+
 def test_the_result_does_not_depend_on_the_chunks(attached, shots) -> None:
     weights = np.random.default_rng(0).normal(size=(7, 6)) * 0.5
     whole = objective_of(attached, shots, "outputs", False)(weights, gradient=True)
