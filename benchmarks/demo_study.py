@@ -1,7 +1,8 @@
 """Few-shot search on the demo's held-out tasks: three groups of tasks x methods x shots x draws, exact match.
 
     python benchmarks/demo_study.py --out benchmarks/results --workers 2              # a CPU: hours
-    python benchmarks/demo_study.py --out OUT --device cuda --workers 12              # a GPU: minutes
+    python benchmarks/demo_study.py --out OUT --device cuda --workers 15 --tasks 4 --items 100   # a GPU: 10 minutes
+    python benchmarks/demo_study.py --print benchmarks/demo_study_h200.jsonl --draws 1
 
 Every method sees the same shots and is scored on the same test items; nothing is chosen on test items. Prints the
 mean over tasks per group and method with the spread over draws (standard deviation of the groups' means).
@@ -49,7 +50,8 @@ CONTROLS = {
 def main() -> None:
     """Run the study and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of demo_study.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of demo_study.jsonl")
+    parser.add_argument("--print", type=Path, dest="shown", metavar="FILE", help="only print the table of these rows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tasks", type=int, default=6, help="tasks per group, the first ones by name")
@@ -58,6 +60,10 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="test items per task")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further run after so many minutes")
     arguments = parser.parse_args()
+    if arguments.shown is not None:
+        rows = [json.loads(line) for line in arguments.shown.read_text().splitlines()]
+        print_table([row for row in rows if row["draw"] < arguments.draws])
+        return
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "demo_study.jsonl"
     rows = run(arguments, file)

@@ -96,7 +96,7 @@ def _run_task(loaded: Any, bank: Any, shown: Shown, out: Path) -> dict[str, Any]
             bank,
             examples,
             test=test,
-            settings=SearchSettings(budget=BUDGET, controls=CONTROLS),
+            settings=SearchSettings(budget=BUDGET, folds=FOLDS, controls=CONTROLS),
             out=out / task.name,
             force=True,
             render=render,
@@ -108,7 +108,8 @@ def _run_task(loaded: Any, bank: Any, shown: Shown, out: Path) -> dict[str, Any]
 
 def _command(task: str, shots: int) -> list[str]:
     """The same search through ``compose search``."""
-    options = ["--shots", str(shots), "--budget", f"{BUDGET:.0f}", "--controls", ",".join(CONTROLS)]
+    budget = ["--budget", f"{BUDGET:.0f}", "--folds", str(FOLDS)]
+    options = ["--shots", str(shots), *budget, "--controls", ",".join(CONTROLS)]
     return ["compose", "search", "--demo", task, *options, "--out", task]
 
 

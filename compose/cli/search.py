@@ -61,6 +61,9 @@ PreselectOption = Annotated[
     Literal["loss", "random", "embedding"],
     typer.Option("--preselect", help="How candidates are chosen from a larger bank.", rich_help_panel=SEARCH),
 ]
+Folds = Annotated[
+    int, typer.Option("--folds", help="Folds by which auto judges its choice; 0: none.", rich_help_panel=SEARCH)
+]
 L1 = Annotated[float, typer.Option("--l1", help="Weight of the mean absolute weight.", rich_help_panel=SEARCH)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.", rich_help_panel=SEARCH)]
 Rank = Annotated[
@@ -98,6 +101,7 @@ def search(  # noqa: PLR0913 - one parameter per option
     budget: Budget = None,
     candidates: Candidates = 20,
     preselect: PreselectOption = "loss",
+    folds: Folds = 5,
     l1: L1 = 0.2,
     seed: Seed = 0,
     controls: Controls = "auto",

@@ -51,6 +51,7 @@ class SearchRequest:
     budget: float | None
     candidates: int
     preselect: str
+    folds: int
     l1: float
     seed: int
     controls: str
@@ -83,6 +84,7 @@ class SearchRequest:
             budget=self.budget,
             candidates=self.candidates,
             preselect=self.preselect,  # type: ignore[arg-type]
+            folds=self.folds,
             l1=self.l1,
             seed=self.seed,
             rank=self.rank,

@@ -29,7 +29,7 @@ class SearchSettings:
             LoRAHub's paper, or by ``"embedding"`` of the shots (needs a ranker).
         l1: Weight of the mean absolute coefficient in the objective.
         smoothness: Weight of the mean squared difference of neighbouring layer groups.
-        folds: Folds over the shots by which ``"auto"`` judges every candidate, at least 2; 0 compares them on the shots
+        folds: Folds over the shots by which ``"auto"`` judges candidates, at least 2; 0 compares them on the shots
             themselves.
         seed: Of every random choice.
         rank: Recompress the result to at most this rank.

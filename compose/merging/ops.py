@@ -38,8 +38,8 @@ def sum_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank
     """
     rank = max(update.rank for update in updates)
     first = updates[0]
-    a = torch.zeros(rank, first.in_features)
-    b = torch.zeros(first.out_features, rank)
+    a = torch.zeros(rank, first.in_features, device=first.a.device)
+    b = torch.zeros(first.out_features, rank, device=first.b.device)
     for update, weight in zip(updates, weights, strict=True):
         share = weight * math.sqrt(abs(update.scaling))
         a[: update.rank] += share * update.a.float()
