@@ -3,7 +3,7 @@
 Five shots identify little. Every candidate is judged by its cross-validated losses: each example by a fit that did not
 see it. Going from simple to complex, a candidate replaces the current one only if its mean gain exceeds
 
-    max(q * SE, min_gain * |current mean|),   SE = sqrt(sum_s w_s (d_s - mean d)^2 / (n_eff - 1)),  n_eff = 1 / sum w^2
+    max(q * SE, min_gain * |current mean|, floor),   SE = sqrt(sum_s w_s (d_s - mean d)^2 / (n_eff - 1)),  n_eff = 1 / sum w^2
 
 over the paired differences d_s of the S examples; q is ``standard_errors``, widened to Student's t with n_eff - 1
 degrees of freedom (1.14 for 5 examples, 1.03 for 20). This is the one-standard-error rule (Breiman et al., 1984) on
@@ -32,6 +32,7 @@ class Guard:
             validation off: candidates are compared on the examples they were fitted to.
         standard_errors: Gain demanded, in standard errors of the paired differences.
         min_gain: Gain demanded, as a share of the current candidate's mean loss.
+        floor: Gain demanded in any case, in nats: near a loss of 0 a share of it means nothing.
         patience: A fit ends when its validated loss has not improved for so many steps.
         shrink: Positions tried between the simpler candidate (0) and the fitted one (1); 1 is always tried.
     """
@@ -39,16 +40,17 @@ class Guard:
     max_folds: int = 5
     standard_errors: float = 1.0
     min_gain: float = 0.02
+    floor: float = 1e-3
     patience: int = 8
     shrink: tuple[float, ...] = (0.25, 0.5, 0.75)
 
     def __post_init__(self) -> None:
         if self.max_folds < 0 or self.max_folds == 1:
             raise IncompatibleError(f"max_folds must be 0 (off) or at least 2, got {self.max_folds}")
-        if self.standard_errors < 0 or self.min_gain < 0 or self.patience < 1:
+        if min(self.standard_errors, self.min_gain, self.floor) < 0 or self.patience < 1:
             raise IncompatibleError(
-                "guard: standard_errors and min_gain must not be negative and patience at least 1, "
-                f"got {self.standard_errors}, {self.min_gain}, {self.patience}"
+                "guard: standard_errors, min_gain and floor must not be negative and patience at least 1, "
+                f"got {self.standard_errors}, {self.min_gain}, {self.floor}, {self.patience}"
             )
         if any(not 0 < position < 1 for position in self.shrink):
             raise IncompatibleError(f"guard: shrink positions lie strictly between 0 and 1, got {self.shrink}")
@@ -145,7 +147,7 @@ def choose(candidates: list[Candidate], example_weights: np.ndarray, guard: Guar
 def _compare(candidate: Candidate, current: Candidate, example_weights: np.ndarray, guard: Guard) -> GuardRow:
     if candidate.validated is None or current.validated is None:
         gain = current.value - candidate.value
-        margin = guard.min_gain * abs(current.value)
+        margin = max(guard.min_gain * abs(current.value), guard.floor)
         row = _row(candidate, example_weights, current.kind, margin)
         return row._replace(gain=gain, accepted=gain > margin)
     differences = current.validated - candidate.validated
@@ -154,7 +156,8 @@ def _compare(candidate: Candidate, current: Candidate, example_weights: np.ndarr
     spread = float(example_weights @ np.square(differences - gain))
     error = float(np.sqrt(spread / (effective - 1)))
     quantile = float(stdtrit(effective - 1, ndtr(guard.standard_errors)))
-    margin = max(quantile * error, guard.min_gain * abs(float(example_weights @ current.validated)))
+    share = guard.min_gain * abs(float(example_weights @ current.validated))
+    margin = max(quantile * error, share, guard.floor)
     row = _row(candidate, example_weights, current.kind, margin)
     return row._replace(gain=gain, standard_error=error, accepted=gain > margin)
 

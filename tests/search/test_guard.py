@@ -86,6 +86,14 @@ def test_without_folds_the_examples_themselves_decide_and_the_reason_says_so():
     assert choose([candidate("base", None, 3.0), candidate("single", None, 2.97)], EVEN, Guard()).chosen.kind == "base"
 
 
+def test_a_gain_of_nothing_near_a_loss_of_zero_changes_nothing():
+    base = Candidate("base", np.zeros(1), np.full(5, 1e-6), 1e-6, np.full(5, 1e-6))
+    single = Candidate("single", np.ones(1), np.zeros(5), 0.0, np.zeros(5))
+    weights = np.full(5, 0.2)
+    assert choose([base, single], weights, Guard()).chosen.kind == "base"
+    assert choose([base, single], weights, Guard(floor=0.0)).chosen.kind == "single"
+
+
 @pytest.mark.parametrize("options", [{"max_folds": 1}, {"min_gain": -1.0}, {"patience": 0}, {"shrink": (1.0,)}])
 def test_bad_options_are_refused(options):
     with pytest.raises(IncompatibleError, match=r"max_folds|guard"):
