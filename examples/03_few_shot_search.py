@@ -8,6 +8,7 @@ from compose.demo.assets import demo_bank, demo_base
 from compose.demo.tasks import TASKS, shots, test_items
 from compose.fewshot.examples import Example
 from compose.fewshot.loading import load_model
+from compose.fewshot.settings import SearchSettings
 
 
 def main() -> None:
@@ -15,7 +16,10 @@ def main() -> None:
     task = next(task for task in TASKS.values() if task.group == "wording")
     examples = [Example(item.input, item.output) for item in shots(task, 5, 0)]
     held_out = [Example(item.input, item.output) for item in test_items(task, 40)]
-    run = compose.few_shot_search(load_model(demo_base()), compose.Bank.open(demo_bank()), examples, test=held_out)
+    settings = SearchSettings(budget=200, folds=3, controls=("base", "best_single", "trained_lora"))
+    run = compose.few_shot_search(
+        load_model(demo_base()), compose.Bank.open(demo_bank()), examples, test=held_out, settings=settings
+    )
 
     print(f"task {task.name}: {examples[0].input!r} -> {examples[0].output!r}")
     print(run.report["search"]["reason"])

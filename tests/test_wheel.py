@@ -1,5 +1,6 @@
 """The wheel holds every package and the demo's data, and works where it is installed."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,12 @@ OUTSIDE = ("routers", "retriever", "kernels", "hub_index")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which the wheel, built from a copy of the sources, was installed."""
     wheels, target = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("site")
+    sources = tmp_path_factory.mktemp("sources") / "copy"  # a build folder left in the checkout could hide a gap
+    skipped = shutil.ignore_patterns(".venv", ".git", ".scratch", ".whl", "build", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, sources, ignore=skipped)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    for command in (["wheel", "--no-deps", "-w", str(wheels), str(ROOT)],):
-        subprocess.run([*pip, *command], check=True, capture_output=True, timeout=600)
+    build = [*pip, "wheel", "--no-deps", "-w", str(wheels), str(sources)]
+    subprocess.run(build, check=True, capture_output=True, timeout=600)
     (wheel,) = wheels.glob("*.whl")
     subprocess.run(
         [*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, capture_output=True
