@@ -3,7 +3,8 @@
 Five shots identify little. Every candidate is judged by its cross-validated losses: each example by a fit that did not
 see it. Going from simple to complex, a candidate replaces the current one only if its mean gain exceeds
 
-    max(q * SE, min_gain * |current mean|, floor),   SE = sqrt(sum_s w_s (d_s - mean d)^2 / (n_eff - 1)),  n_eff = 1 / sum w^2
+    max(q * SE, min_gain * |current mean|, floor)
+    SE = sqrt(sum_s w_s (d_s - mean d)^2 / (n_eff - 1)),   n_eff = 1 / sum w^2
 
 over the paired differences d_s of the S examples; q is ``standard_errors``, widened to Student's t with n_eff - 1
 degrees of freedom (1.14 for 5 examples, 1.03 for 20). This is the one-standard-error rule (Breiman et al., 1984) on

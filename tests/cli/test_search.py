@@ -18,8 +18,8 @@ COLUMNS = {"COLUMNS": "150"}
 DEFAULTS = {
     "base": "b", "bank": (), "examples": None, "test": None, "demo": None, "shots": None, "draw": None,
     "device": "cpu", "dtype": "auto", "strategy": "auto", "combine": "outputs", "layers": None, "budget": None,
-    "candidates": 20, "preselect": "loss", "l1": 0.2, "folds": 5, "seed": 0, "controls": "auto", "rank": None, "out": None,
-    "resume": False, "force": False, "dry_run": False,
+    "candidates": 20, "preselect": "loss", "l1": 0.2, "folds": 5, "seed": 0, "controls": "auto",
+    "rank": None, "out": None, "resume": False, "force": False, "dry_run": False,
 }  # fmt: skip
 
 
