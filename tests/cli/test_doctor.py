@@ -15,7 +15,7 @@ def test_the_facts_are_those_of_this_process() -> None:
     facts = json.loads(result.stdout)
     assert list(facts) == ["versions", "torch", "environment", "demo"]
     assert facts["versions"]["compose"] == compose.__version__
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a build tag may be missing
     assert facts["torch"]["threads"] == torch.get_num_threads()
     assert len(facts["torch"]["gpus"]) == torch.cuda.device_count()
     assert facts["environment"]["HF_HUB_OFFLINE"] == "1"
