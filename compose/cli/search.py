@@ -38,7 +38,7 @@ Draw = Annotated[
 ]
 Strategy = Annotated[
     str,
-    typer.Option("--strategy", help="auto, cma, gradient, lbfgs, greedy, random, cobyla.", rich_help_panel=SEARCH),
+    typer.Option("--strategy", help="auto, cma, gradient, greedy, random, cobyla.", rich_help_panel=SEARCH),
 ]
 CombineOption = Annotated[
     Literal["outputs", "parameters"],
