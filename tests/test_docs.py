@@ -37,7 +37,7 @@ def test_the_readme_is_short() -> None:
 
 def test_the_example_runs(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(code.splitlines()) <= 14
+    assert len(code.splitlines()) <= 12
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
