@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from compose.engine.attach import AttachedModel
-from compose.engine.coefficients import Coefficients
 from compose.errors import ComposeError
 from compose.fewshot.encoding import Encoded
 from compose.fewshot.examples import Example
-from compose.fewshot.losses import response_losses
-from compose.fewshot.population import CPU_TOKENS, DEFAULT_TOKENS
+from compose.fewshot.population import PopulationObjective
+
+POPULATION = 256
+"""Sums of adapters evaluated in one call; bounds the table of weights where the bank is large."""
 
 Preselect = Literal["loss", "random", "embedding"]
 Ranker = Callable[[Sequence[Example]], Sequence[str]]
@@ -98,26 +98,21 @@ def preselect_by_ranker(
 
 def single_losses(attached: AttachedModel, shots: Sequence[Encoded], adapters: Sequence[int]) -> np.ndarray:
     """Loss of every adapter alone on every shot: ``(len(adapters), len(shots))`` float64."""
-    return _row_losses(attached, shots, torch.tensor(adapters)[:, None])
+    return _sum_losses(attached, shots, [[adapter] for adapter in adapters])
 
 
 def pair_losses(attached: AttachedModel, shots: Sequence[Encoded], first: int, others: Sequence[int]) -> np.ndarray:
     """Loss of ``first`` and each other adapter, both at 1, on every shot: ``(len(others), len(shots))`` float64."""
-    return _row_losses(attached, shots, torch.tensor([[first, other] for other in others]))
+    return _sum_losses(attached, shots, [[first, other] for other in others])
 
 
-@torch.no_grad()
-def _row_losses(attached: AttachedModel, shots: Sequence[Encoded], indices_PK: torch.Tensor) -> np.ndarray:
-    """Losses ``(P, S)`` of sums of ``K`` adapters; rows carry their own, so the cost does not grow with the bank."""
-    losses = np.empty((len(indices_PK), len(shots)))
-    order = sorted(range(len(shots)), key=lambda index: (shots[index].length, index))
-    cells = [(row, shot) for shot in order for row in range(len(indices_PK))]
-    limit = CPU_TOKENS if attached.device.type == "cpu" else DEFAULT_TOKENS
-    size = max(1, limit // max(shot.length for shot in shots))
-    for start in range(0, len(cells), size):
-        rows, columns = (list(part) for part in zip(*cells[start : start + size], strict=True))
-        indices_BK = indices_PK[rows]
-        with attached.using(Coefficients(torch.ones(indices_BK.shape), indices=indices_BK)):
-            found = response_losses(attached.model, [shots[shot] for shot in columns])
-        losses[rows, columns] = found.double().cpu().numpy()
-    return losses
+def _sum_losses(attached: AttachedModel, shots: Sequence[Encoded], sums: Sequence[Sequence[int]]) -> np.ndarray:
+    """Losses of sums of adapters, all at weight 1: ``(len(sums), len(shots))`` float64."""
+    objective = PopulationObjective(attached, shots)
+    losses = []
+    for start in range(0, len(sums), POPULATION):
+        weights = np.zeros((len(sums[start : start + POPULATION]), len(attached.bank)))
+        for row, members in zip(weights, sums[start : start + POPULATION], strict=True):
+            row[list(members)] = 1.0
+        losses.append(objective(weights).losses)
+    return np.concatenate(losses)

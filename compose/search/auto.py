@@ -37,7 +37,9 @@ class Auto:
     Attributes:
         descent: Runs the scalar and layer-wise stages when the objective has gradients.
         without_gradient: Runs them when it has none.
-        forward: Forward selection after the singles; None skips it.
+        forward: Forward selection from the best single; None skips it.
+        forward_adapters: How many adapters it tries: those of steepest descent at the best single, as in matching
+            pursuit (Pati et al., 1993). One gradient stands for an evaluation of every adapter.
         forward_share: Share of the budget left after the singles that it may spend.
         layerwise: Whether to run the last stage (only with more than one layer group).
     """
@@ -45,6 +47,7 @@ class Auto:
     descent: Gradient = field(default_factory=lambda: Gradient(race=5, learning_rate=0.07))
     without_gradient: Cma = field(default_factory=lambda: Cma(sigma0=0.25))
     forward: Greedy | None = field(default_factory=lambda: Greedy(grid=(1.0,), max_adapters=3))
+    forward_adapters: int = 8
     forward_share: float = 0.4
     layerwise: bool = True
 
@@ -53,7 +56,7 @@ class Stage(NamedTuple):
     """What one stage did.
 
     Attributes:
-        name: base, singles, forward, scalar, shrink, layerwise, or the strategy's name.
+        name: base, singles, screen, forward, scalar, shrink, layerwise, or the strategy's name.
         value: Best penalised value on all examples within the stage (of its recommendation, for a fit).
         validated: Cross-validated mean loss of its recommendation, None without folds.
         evaluations: Candidates evaluated in it.
@@ -114,6 +117,15 @@ class Staged:
             self.enter("single", points)
         self._end("singles", points, f"{count} adapters alone")
         return points
+
+    def steepest(self, point: Point, count: int) -> tuple[int, ...]:
+        """Return the ``count`` adapters whose coefficients lower the mean loss of all examples fastest at a point."""
+        self._begin("screen")
+        weights = self._lanes[0].example_weights
+        _, gradients = self._evaluator.losses_and_gradients(point.weights[None], weights[None])
+        slopes = gradients[0].reshape(self._space.num_groups, self._space.num_adapters).sum(axis=0)
+        self._end("screen", [point] * self.num_lanes, f"{count} adapters of steepest descent at the best single")
+        return tuple(np.sort(np.argsort(slopes, kind="stable")[:count]).tolist())
 
     def fit(
         self,
@@ -228,7 +240,7 @@ def run_auto(evaluator: Evaluator, space: Space, options: Auto, guard: Guard, se
     if staged.num_lanes == 1 and guard.max_folds > 0:
         logger.warning("one example cannot be validated; only the base and the single adapters are considered")
         return staged
-    forward = _forward(evaluator, staged, options)
+    forward = _forward(evaluator, space, staged, options, single)
     screened += [] if forward is None else [forward]
     layerwise = options.layerwise and space.num_groups > 1
     scalar = _scalar(evaluator, space, staged, options, screened, 0.5 if layerwise else 1.0)
@@ -265,12 +277,18 @@ def _scalar(
     return scalar
 
 
-def _forward(evaluator: Evaluator, staged: Staged, options: Auto) -> list[Point] | None:
-    """Add adapters one at a time; the folds decide how many."""
-    if options.forward is None:
+def _forward(
+    evaluator: Evaluator, space: Space, staged: Staged, options: Auto, single: list[Point]
+) -> list[Point] | None:
+    """Add adapters to each lane's single one at a time; the folds decide how many."""
+    strategy = options.forward
+    if strategy is None:
         return None
     limit = evaluator.cost + options.forward_share * evaluator.affordable(gradient=False)
-    return staged.fit("scalar", options.forward, None, cost_limit=limit, name="forward")
+    if evaluator.differentiable and options.forward_adapters < space.num_adapters and evaluator.affordable(True):
+        strategy = replace(strategy, adapters=staged.steepest(single[0], options.forward_adapters))
+    starts = [point.weights[None, : space.num_adapters] for point in single]
+    return staged.fit("scalar", strategy, starts, cost_limit=limit, name="forward")
 
 
 def _layerwise(evaluator: Evaluator, staged: Staged, options: Auto, scalar: list[Point]) -> None:

@@ -86,6 +86,18 @@ def test_a_stage_is_one_population_per_step(quadratic):
     assert sizes[7] == (6, True)
 
 
+def test_forward_selection_tries_the_adapters_of_steepest_descent_at_the_best_single(quadratic):
+    truth = planted(12, 1, {1: 0.9, 4: 0.8})
+    objective = quadratic(truth, noise=0.1, num_examples=5, identity=True)
+    search(objective, Space(num_adapters=12), strategy=Auto(forward_adapters=3), budget=Budget(cost=5000))
+    (screened, gradient, _), (tried, *_) = objective.calls[2:4]
+    assert gradient
+    np.testing.assert_array_equal(screened, np.eye(12)[[1]])
+    pairs = tried[(tried != 0).sum(axis=1) == 2]
+    assert 2 <= len(np.unique(pairs, axis=0)) <= 3
+    assert any(pair[1] == pair[4] == 1.0 for pair in pairs)
+
+
 def test_zero_is_no_start_when_it_is_stationary(quadratic):
     objective = quadratic(planted(6, 1, {1: 0.6, 4: -0.7}), noise=0.3)
     search(objective, Space(num_adapters=6, zero_is_stationary=True))

@@ -25,11 +25,13 @@ class Greedy:
         grid: Weights to try; values beyond the bound are cut to it.
         max_adapters: Largest number of adapters on at once.
         tolerance: Smallest gain, relative to the current value's size, that starts another round.
+        adapters: The adapters that may change; None: all.
     """
 
     grid: tuple[float, ...] = (-0.5, 0.25, 0.5, 1.0)
     max_adapters: int = 6
     tolerance: float = 1e-3
+    adapters: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.grid or self.max_adapters < 1:
@@ -86,7 +88,8 @@ class GreedyState:
     def _neighbours(self) -> np.ndarray:
         rows = []
         full = np.count_nonzero(self._current) >= self._options.max_adapters
-        for adapter in range(self._space.num_adapters):
+        allowed = self._options.adapters
+        for adapter in range(self._space.num_adapters) if allowed is None else allowed:
             if full and self._current[adapter] == 0:
                 continue
             for weight in self._grid:
