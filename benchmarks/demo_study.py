@@ -2,6 +2,7 @@
 
     python benchmarks/demo_study.py --out benchmarks/results --workers 2              # a CPU: hours
     python benchmarks/demo_study.py --out OUT --device cuda --workers 15 --tasks 4 --items 100   # a GPU: 10 minutes
+    python benchmarks/demo_study.py ... (the same again)       # runs what OUT/demo_study.jsonl lacks
     python benchmarks/demo_study.py --print benchmarks/demo_study_h200.jsonl --draws 1
 
 Every method sees the same shots and is scored on the same test items; nothing is chosen on test items. Prints the
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, file: Path) -> list[dict[str, Any]]:
-    """Run every (task, shots, draw) in worker processes; append their rows to ``file`` as they come."""
+    """Run every (task, shots, draw) that ``file`` lacks in worker processes; append their rows as they come."""
     from compose.demo.tasks import TASKS
 
     chosen = [
@@ -86,9 +87,12 @@ def run(arguments: argparse.Namespace, file: Path) -> list[dict[str, Any]]:
         for shots in sorted(arguments.shots, reverse=True)
         for name in chosen
     ]
-    started, rows = time.monotonic(), []
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    finished = {(row["task"], row["shots"], row["draw"]) for row in rows}
+    jobs = [job for job in jobs if job[:3] not in finished]
+    started = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.workers, initializer=quiet) as pool, file.open("w") as stream:
+    with context.Pool(arguments.workers, initializer=quiet) as pool, file.open("a") as stream:
         for done, found in enumerate(pool.imap_unordered(measure, jobs), start=1):
             rows += found
             stream.writelines(json.dumps(row) + "\n" for row in found)

@@ -10,7 +10,7 @@ nevergrad's NGOpt, which the reference calls, resolves to COBYLA there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from peft_side import peft_model, peft_state
 
 from compose.adapter import Adapter
 from compose.fewshot.encoding import Encoded
+from compose.merging.ops import concatenate
 
 BOUND = 1.5
 BUDGET = 40
@@ -76,6 +77,38 @@ class LoraHub:
     def score(self, weights: np.ndarray) -> float:
         """Evaluate one candidate: what the reference minimises."""
         return self.loss(weights.tolist()) + L1 * float(np.abs(weights).mean())
+
+
+@dataclass
+class Concatenation(LoraHub):
+    """The same procedure for outputs combined: PEFT holds one adapter, the concatenation of all, written anew.
+
+    Attributes:
+        owners: Per key of a B factor, the adapter that each column belongs to.
+    """
+
+    owners: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, model: Any, adapters: Sequence[Adapter], examples: Sequence[Encoded], *, device: str) -> LoraHub:
+        """Concatenate the adapters at weight 1 and inject the result; nothing here is timed."""
+        targets, owners = {}, {}
+        for path in dict.fromkeys(path for adapter in adapters for path in adapter.targets):
+            present = [(n, adapter.targets[path]) for n, adapter in enumerate(adapters) if path in adapter.targets]
+            targets[path] = concatenate([update for _, update in present], [1.0] * len(present))
+            columns = [torch.full((update.rank,), n) for n, update in present]
+            owners[f"base_model.model.{path}.lora_B.weight"] = torch.cat(columns).to(device)
+        built = super().build(model, [Adapter("joined", "benchmark", targets)], examples, device=device)
+        return cls(built.model, built.states, built.rows, owners=owners)
+
+    def merge(self, weights: Sequence[float]) -> dict[str, torch.Tensor]:
+        """Return the state with every adapter's columns of B at its weight."""
+        (state,) = self.states
+        first = next(iter(state.values()))
+        numbers = torch.tensor(weights, dtype=first.dtype, device=first.device)
+        return {
+            key: value * numbers[self.owners[key]] if key in self.owners else value for key, value in state.items()
+        }
 
 
 def token_mean(losses: np.ndarray, examples: Sequence[Encoded]) -> np.ndarray:

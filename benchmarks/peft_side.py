@@ -21,13 +21,16 @@ def peft_state(adapter: Adapter, *, device: str = "cpu") -> dict[str, torch.Tens
 
 
 def peft_config(adapter: Adapter) -> Any:
-    """Return the ``LoraConfig`` of an adapter with one rank and one scaling."""
+    """Return the ``LoraConfig`` of an adapter; targets unlike the first one go into its patterns."""
     from peft import LoraConfig
 
-    update = next(iter(adapter.targets.values()))
+    ranks = {path: update.rank for path, update in adapter.targets.items()}
+    alphas = {path: int(update.scaling * update.rank) for path, update in adapter.targets.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return LoraConfig(
-        r=update.rank, lora_alpha=int(update.scaling * update.rank), target_modules=sorted(_suffixes(adapter)),
-        lora_dropout=0.0, bias="none",
+        r=rank, lora_alpha=alpha, target_modules=sorted(_suffixes(adapter)), lora_dropout=0.0, bias="none",
+        rank_pattern={path: value for path, value in ranks.items() if value != rank},
+        alpha_pattern={path: value for path, value in alphas.items() if value != alpha},
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 
 from compose.errors import IncompatibleError
 from compose.kernels.grouped_lora.op import GroupPlan, grouped_lora, plan_groups
-from compose.kernels.mixture_lora.op import mixture_lora
+from compose.kernels.mixture_lora.op import MixturePlan, mixture_lora
 from compose.kernels.stack import LoraStack
 
 Combine = Literal["outputs", "parameters"]
@@ -35,6 +35,15 @@ class LayerCall(NamedTuple):
     target: str
     backend: str
     owns_base: bool
+
+
+class _FittedGates(NamedTuple):
+    """Gates and indices for a number of rows, what is kept for them, and the version of the values they are from."""
+
+    gates: torch.Tensor
+    indices: torch.Tensor | None
+    plan: MixturePlan | None = None
+    version: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +71,7 @@ class Coefficients:
     combine: Combine = "outputs"
     groups: Mapping[str, int] | None = None
     indices: torch.Tensor | None = None
+    _plans: dict[tuple[int, int], _FittedGates] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.combine not in ("outputs", "parameters"):
@@ -101,19 +111,41 @@ class Coefficients:
 
     def apply(self, x: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Return the base output plus the mixture's contribution for one target: ``x (B, D)`` or ``(B, T, D)``."""
-        values = self.values if self.groups is None else self.values[self.groups[call.target]]
-        gates = _fit(values, x.shape[:-1], call.target).to(x.device)
-        indices = None if self.indices is None else _fit(self.indices, x.shape[:-1], call.target).to(x.device)
+        fitted = self._fitted(x, call.target)
         return mixture_lora(
             x,
             call.stack,
-            gates,
-            indices,
+            fitted.gates,
+            fitted.indices,
             base=call.base,
             combine=self.combine,
+            plan=fitted.plan,
             backend=call.backend,
             reuse_base=call.owns_base,
         )
+
+    def _fitted(self, x: torch.Tensor, target: str) -> _FittedGates:
+        """Gates and indices for an input, with a plan; the same for every target of a group and every later call.
+
+        Gates that are trained, traced or given per token are made anew in every call and have no plan.
+        """
+        group = 0 if self.groups is None else self.groups[target]
+        per_token = self.values.dim() - (self.groups is not None) == 3
+        if torch.compiler.is_compiling() or per_token or self.values.requires_grad or self.values.is_inference():
+            return self._fit(x, group, target)
+        key, version = (group, x.shape[0]), self.values._version
+        found = self._plans.get(key)
+        if found is None or found.version != version or found.gates.device != x.device:
+            with torch.inference_mode(False):
+                found = self._fit(x, group, target)._replace(plan=MixturePlan(), version=version)
+            self._plans[key] = found
+        return found
+
+    def _fit(self, x: torch.Tensor, group: int, target: str) -> _FittedGates:
+        values = self.values if self.groups is None else self.values[group]
+        gates = _fit(values, x.shape[:-1], target).to(x.device)
+        indices = None if self.indices is None else _fit(self.indices, x.shape[:-1], target).to(x.device)
+        return _FittedGates(gates, indices)
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,22 +114,21 @@ class PopulationObjective:
             example_weights = np.tile(self.example_weights / self.num_examples, (len(weights), 1))
         losses = np.empty((len(weights), self.num_examples))
         gradients = np.zeros_like(weights) if gradient else None
-        for candidates, rows in self._chunks(len(weights)):
-            chunk, place = population[candidates], np.ix_(candidates, rows.examples)
-            pull = torch.from_numpy(np.ascontiguousarray(example_weights[place]))
-            chunk_losses, chunk_gradients = self._forward(chunk, rows, pull if gradient else None)
-            losses[place] = chunk_losses
-            if gradients is not None:
-                gradients[candidates] += chunk_gradients
+        groups = self._packs or list(self._padded(len(weights)))
+        size = max(1, self._max_tokens // max(rows.num_tokens for rows in groups))
+        for start in range(0, len(weights), size):
+            candidates = list(range(start, min(start + size, len(weights))))
+            selection = None if gradient else self._selection(population[candidates].float())
+            for rows in groups:
+                place = np.ix_(candidates, rows.examples)
+                if gradients is None:
+                    losses[place] = self._losses(selection, rows, len(candidates))
+                else:
+                    pull = torch.from_numpy(np.ascontiguousarray(example_weights[place]))
+                    losses[place], pulled = self._losses_and_gradients(population[candidates], rows, pull)
+                    gradients[candidates] += pulled
         cost = len(weights) * (GRADIENT_COST if gradient else 1.0)
         return Evaluation(losses=losses, gradients=gradients, cost=cost)
-
-    def _chunks(self, population: int) -> Iterator[tuple[list[int], PackedExamples | _PaddedExamples]]:
-        """Cut candidates x examples into forwards of at most ``max_tokens``."""
-        for rows in self._packs or self._padded(population):
-            count = max(1, self._max_tokens // rows.num_tokens)
-            for start in range(0, population, count):
-                yield list(range(start, min(start + count, population))), rows
 
     def _padded(self, population: int) -> Iterator[_PaddedExamples]:
         """Put examples of like length together, as far as the whole population fits into a forward."""
@@ -145,17 +144,19 @@ class PopulationObjective:
             position += len(examples)
             yield _PaddedExamples(tuple(examples), [self._examples[index] for index in examples])
 
-    def _forward(
-        self, weights_PD: torch.Tensor, rows: PackedExamples | _PaddedExamples, pull_PS: torch.Tensor | None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        count, device, model = len(weights_PD), self._attached.device, self._attached.model
-        if pull_PS is None:
-            with self._attached.using(self._selection(weights_PD.float())), torch.no_grad():
-                losses_PS = rows.losses(model, count)
-            return losses_PS.double().cpu().numpy(), None
+    def _losses(
+        self, selection: Coefficients | None, rows: PackedExamples | _PaddedExamples, count: int
+    ) -> np.ndarray:
+        with self._attached.using(selection), torch.no_grad():
+            return rows.losses(self._attached.model, count).double().cpu().numpy()
+
+    def _losses_and_gradients(
+        self, weights_PD: torch.Tensor, rows: PackedExamples | _PaddedExamples, pull_PS: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        device = self._attached.device
         leaf = weights_PD.to(device, torch.float32).requires_grad_()
         with self._attached.using(self._dense(leaf)), torch.enable_grad():
-            losses_PS = rows.losses(model, count)
+            losses_PS = rows.losses(self._attached.model, len(weights_PD))
             pulled = (losses_PS * pull_PS.to(device, losses_PS.dtype)).sum()
             (gradient_PD,) = torch.autograd.grad(pulled, leaf)
         return losses_PS.detach().double().cpu().numpy(), gradient_PD.double().cpu().numpy()

@@ -12,6 +12,7 @@ import torch
 
 from compose.kernels.lowrank import lowrank
 from compose.kernels.mixture_lora import parameters
+from compose.kernels.mixture_lora.plan import Factors, MixturePlan, prepared
 from compose.kernels.policy import gather_cost, segments_cost, stacked_cost
 from compose.kernels.stack import LoraStack
 
@@ -32,6 +33,7 @@ class _Call(NamedTuple):
     indices: torch.Tensor | None
     base_BTO: torch.Tensor | None
     reuse_base: bool
+    plan: MixturePlan | None
 
 
 def forward(
@@ -42,6 +44,7 @@ def forward(
     *,
     base: torch.Tensor | None,
     combine: str,
+    plan: MixturePlan | None = None,
     reuse_base: bool = False,
     strategy: Strategy | None = None,
 ) -> torch.Tensor:
@@ -55,9 +58,9 @@ def forward(
         y = _nothing(x, stack, base)
     elif combine == "parameters":
         dense = gates if indices is None else scatter(gates, indices, stack.num_adapters)
-        y = parameters.forward(x, stack, dense, base, reuse_base=reuse_base)
+        y = parameters.forward(x, stack, dense, base, reuse_base=reuse_base, plan=plan if indices is None else None)
     else:
-        call = _Call(x, stack, gates, indices, base, reuse_base)
+        call = _Call(x, stack, gates, indices, base, reuse_base, plan)
         y = _dense(call, strategy) if indices is None else _sparse(call, indices, strategy)
     return y.squeeze(1) if flat else y
 
@@ -153,12 +156,19 @@ def _sparse(call: _Call, indices: torch.Tensor, strategy: Strategy | None) -> to
         None,
         None if call.base_BTO is None else call.base_BTO.reshape(batch * tokens, 1, -1),
         reuse_base=False,
+        plan=None,
     )
     return _gather(flat, indices.reshape(batch * tokens, 1, chosen)).view(batch, tokens, -1)
 
 
 def _gather(call: _Call, indices: torch.Tensor) -> torch.Tensor:
     """Gather the chosen adapters' rows: once for gates ``(K,)``, per batch row for ``(B, 1, K)``."""
+    rows = indices.numel() * call.stack.max_rank
+    factors = prepared(call.plan, call.stack, call.gates, rows, lambda: _gathered(call, indices))
+    return lowrank(call.x_BTD, *factors, call.base_BTO, reuse_base=call.reuse_base)
+
+
+def _gathered(call: _Call, indices: torch.Tensor) -> Factors:
     stack = call.stack
     line = torch.where(indices < 0, stack.num_adapters, indices)
     line = line.squeeze(1) if line.dim() == 3 else line
@@ -170,8 +180,7 @@ def _gather(call: _Call, indices: torch.Tensor) -> torch.Tensor:
         a, b = a.masked_fill(~valid[..., None], 0.0), b.masked_fill(~valid[..., None], 0.0)
     scaled = call.gates * stack.scaling_E.to(call.gates.dtype)[indices.clamp(min=0)]
     c = scaled.repeat_interleave(stack.max_rank, dim=-1).to(call.x_BTD.dtype)
-    c = torch.where(valid if c.dim() == 1 else valid[:, None], c, 0.0)
-    return lowrank(call.x_BTD, a, b, c, call.base_BTO, reuse_base=call.reuse_base)
+    return Factors(a, b, torch.where(valid if c.dim() == 1 else valid[:, None], c, 0.0))
 
 
 def _pairs(call: _Call, indices: torch.Tensor) -> torch.Tensor:

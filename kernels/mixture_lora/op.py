@@ -12,9 +12,10 @@ import torch
 from compose.errors import IncompatibleError, UnknownNameError
 from compose.kernels.checks import autocast_dtype, check_id_range, check_operands, resolve_backend
 from compose.kernels.mixture_lora import cpu, reference
+from compose.kernels.mixture_lora.plan import MixturePlan
 from compose.kernels.stack import LoraStack
 
-__all__ = ["BACKENDS", "mixture_lora"]
+__all__ = ["BACKENDS", "MixturePlan", "mixture_lora"]
 
 BACKENDS = {"cpu": cpu, "reference": reference}
 
@@ -29,6 +30,7 @@ def mixture_lora(
     *,
     base: torch.Tensor | None = None,
     combine: Combine = "outputs",
+    plan: MixturePlan | None = None,
     backend: str = "auto",
     reuse_base: bool = False,
 ) -> torch.Tensor:
@@ -49,6 +51,7 @@ def mixture_lora(
             belong to. An adapter named twice counts twice; -1 contributes nothing.
         base: ``(B, O)`` or ``(B, T, O)``, the frozen layer's output. None: the mixture alone.
         combine: What is summed; two different functions, so never guessed.
+        plan: Keeps what follows from gates, indices and stack between calls; one plan per set of gates and indices.
         backend: ``"auto"``, ``"cpu"`` (fast torch code, any device) or ``"reference"``.
         reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that
             own it. By default ``base`` is never written to and the result is new memory.
@@ -67,7 +70,7 @@ def mixture_lora(
     check_operands("mixture_lora", x, stack, base)
     _check_gates(x, stack, gates, indices)
     module = resolve_backend("mixture_lora", backend, BACKENDS, x, stack)
-    return module.forward(x, stack, gates, indices, base=base, combine=combine, reuse_base=reuse_base)
+    return module.forward(x, stack, gates, indices, base=base, combine=combine, plan=plan, reuse_base=reuse_base)
 
 
 def _check_gates(x: torch.Tensor, stack: LoraStack, gates: torch.Tensor, indices: torch.Tensor | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from compose.kernels.lowrank import lowrank
+from compose.kernels.mixture_lora.plan import Factors, MixturePlan, keeps, prepared
 from compose.kernels.stack import LoraStack
 
 
@@ -18,13 +19,19 @@ def forward(
     base_BTO: torch.Tensor | None,
     *,
     reuse_base: bool = False,
+    plan: MixturePlan | None = None,
 ) -> torch.Tensor:
     """``gates`` are ``(E,)``, ``(B, 1, E)`` or ``(B, T, E)``."""
-    if gates.dim() == 3 and (gates.shape[1] != 1 or x_BTD.shape[1] == 1):
+    rows = stack.max_rank * (1 if gates.dim() == 1 else gates.shape[0])
+    one_token = x_BTD.shape[1] == 1 and not keeps(plan, stack, gates, rows)
+    if gates.dim() == 3 and (gates.shape[1] != 1 or one_token):
         return _contractions(x_BTD, stack, gates, base_BTO, reuse_base)
-    gates_a, gates_b = _signed_roots(stack, gates if gates.dim() == 1 else gates.squeeze(1), x_BTD.dtype)
-    a, b = _factor_sum(gates_a, stack.a_RD, stack), _factor_sum(gates_b, stack.b_RO, stack)
-    return lowrank(x_BTD, a, b, 1.0, base_BTO, reuse_base=reuse_base)
+
+    def make() -> Factors:
+        gates_a, gates_b = _signed_roots(stack, gates if gates.dim() == 1 else gates.squeeze(1), x_BTD.dtype)
+        return Factors(_factor_sum(gates_a, stack.a_RD, stack), _factor_sum(gates_b, stack.b_RO, stack), 1.0)
+
+    return lowrank(x_BTD, *prepared(plan, stack, gates, rows, make), base_BTO, reuse_base=reuse_base)
 
 
 def _signed_roots(stack: LoraStack, gates: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

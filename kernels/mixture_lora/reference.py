@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from compose.kernels.mixture_lora.plan import MixturePlan
 from compose.kernels.stack import LoraStack
 
 
@@ -20,6 +21,7 @@ def forward(
     *,
     base: torch.Tensor | None,
     combine: str,
+    plan: MixturePlan | None = None,
     reuse_base: bool = False,
 ) -> torch.Tensor:
     """Both sums of ``op.mixture_lora``, adapter by adapter, with gates spread to one per token."""

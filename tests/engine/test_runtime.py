@@ -52,6 +52,23 @@ def test_the_cache_changes_nothing(tiny_model, make_bank, combine) -> None:
         assert_close(generate(model, PROMPTS, use_cache=True), generate(model, PROMPTS, use_cache=False))
 
 
+@pytest.mark.parametrize("combine", ["outputs", "parameters"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_values_written_in_place_take_effect(tiny_model, make_bank, combine, sparse) -> None:
+    """What is kept between calls must not outlive the numbers it was made from."""
+    model, ids = tiny_model("llama"), torch.tensor([[5, 9, 11], [7, 8, 6]])
+    values = torch.randn(2, 2 if sparse else 4)
+    indices = torch.tensor([[0, 3], [2, 1]]) if sparse else None
+    with compose.attach(model, make_bank(model)) as attached, torch.no_grad():
+        attached.set(Coefficients(values, combine, indices=indices))
+        before = model(ids).logits
+        values.mul_(0.5)
+        changed = model(ids).logits
+        attached.set(Coefficients(values.clone(), combine, indices=indices))
+        assert_close(changed, model(ids).logits)
+    assert not torch.allclose(before, changed)
+
+
 def test_new_tokens_keep_the_last_tokens_coefficients(tiny_model, make_bank) -> None:
     model = tiny_model("llama")
     row = torch.randn(3, 4)
