@@ -120,7 +120,9 @@ def _shared_tokens(examples: Sequence[Encoded]) -> int:
 
 def _packed(examples: Sequence[Encoded], group: Sequence[int], shared: int, device: torch.device) -> PackedExamples:
     ids, positions, owner = [*examples[group[0]].prompt[:shared]], [*range(shared)], [-1] * shared
-    keep, labels, mean = [], [], torch.zeros(sum(len(examples[index].response) for index in group), len(group))
+    keep: list[int] = []
+    labels: list[int] = []
+    mean = torch.zeros(sum(len(examples[index].response) for index in group), len(group))
     for column, index in enumerate(group):
         prompt, response = examples[index].prompt, examples[index].response
         end = len(ids) + len(prompt) - shared

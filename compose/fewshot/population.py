@@ -114,7 +114,7 @@ class PopulationObjective:
             example_weights = np.tile(self.example_weights / self.num_examples, (len(weights), 1))
         losses = np.empty((len(weights), self.num_examples))
         gradients = np.zeros_like(weights) if gradient else None
-        groups = self._packs or list(self._padded(len(weights)))
+        groups: Sequence[PackedExamples | _PaddedExamples] = self._packs or list(self._padded(len(weights)))
         size = max(1, self._max_tokens // max(rows.num_tokens for rows in groups))
         for start in range(0, len(weights), size):
             candidates = list(range(start, min(start + size, len(weights))))
