@@ -1,0 +1,1 @@
+"""Merge methods, one file each; every file registers itself."""
