@@ -1,0 +1,263 @@
+"""Elementwise merging: exact top-k trimming, sign election and disjoint merge (arXiv:2306.01708), streamed by lines.
+
+Letters: ``N`` updates, ``K, L`` sizes of a stack of matrices (the core, or lines of the deltas), ``O, I`` of a target,
+``C`` lines of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+import torch
+
+from compose.merging.deltas import Deltas, Streamed
+
+Elect = Literal["weighted", "raw", "count", "none"]
+Denominator = Literal["weight", "count", "none"]
+_SAMPLES = 1 << 13  # entries that guess where a threshold lies; the guess decides speed, never the result
+_BLOCK_ENTRIES = {"cpu": 1 << 16}  # of one delta at a time: fits the cache of a CPU
+_BLOCK_ENTRIES_ELSEWHERE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Election:
+    """Who decides the sign of an entry, and what the sum of those that agree is divided by.
+
+    Attributes:
+        elect: ``weighted``: the sign of ``sum_n w_n x_n``, and ``w_n x_n`` must agree with it; ``raw``: the sign of
+            ``sum_n x_n``; ``count``: the sign that more ``x_n`` have; ``none``: all take part. Sign 0 counts as +.
+        denominator: ``weight``: the sum of the weights of those that take part; ``count``: their number; ``none``: 1.
+            A denominator of 0 counts as 1.
+    """
+
+    elect: Elect = "weighted"
+    denominator: Denominator = "count"
+    presets: ClassVar[dict[str, Election]] = {}
+
+    def __post_init__(self) -> None:
+        """Refuse what is not in the lists."""
+        for given, allowed in ((self.elect, get_args(Elect)), (self.denominator, get_args(Denominator))):
+            if given not in allowed:
+                raise ValueError(f"{given!r} is none of {', '.join(allowed)}")
+
+
+Election.presets.update(
+    paper=Election("weighted", "count"), peft=Election("raw", "count"), mergekit=Election("weighted", "weight")
+)
+"""TIES by name: the paper's rule on the weighted updates, PEFT's ``ties``, mergekit's ``ties`` with ``normalize``."""
+
+
+def elect(stack: torch.Tensor, weights: torch.Tensor, election: Election) -> torch.Tensor:
+    """Return the weighted sum of the entries that agree with the elected sign, over the denominator: ``(K, L)``.
+
+    Args:
+        stack: ``(N, K, L)``, trimmed as wanted; an entry of 0 never agrees. Not changed.
+        weights: ``(N,)``, any sign.
+        election: The rule.
+    """
+    numbers = weights.to(stack)
+    if election.elect == "none":
+        merged = torch.tensordot(numbers, stack, dims=1)
+        total = float(weights.sum()) if election.denominator == "weight" else float(len(stack))
+        return merged if election.denominator == "none" or abs(total) < 1e-8 else merged / total
+    votes = stack * numbers[:, None, None] if election.elect == "weighted" else stack
+    total = (votes.sign() if election.elect == "count" else votes).sum(dim=0)
+    sign = torch.copysign(torch.ones_like(total), total + 0.0)
+    agreeing = (votes * sign).clamp_(min=0)
+    merged = agreeing.sum(dim=0) if election.elect == "weighted" else torch.tensordot(numbers, agreeing, dims=1)
+    merged = merged.mul_(sign)
+    if election.denominator == "none":
+        return merged
+    present = agreeing.sign_()
+    if election.denominator == "count":
+        return merged.div_(present.sum(dim=0).clamp_(min=1))
+    divisor = torch.tensordot(numbers, present, dims=1)
+    return merged.div_(divisor.masked_fill_(divisor == 0, 1))
+
+
+class Threshold(NamedTuple):
+    """The smallest magnitude that is kept, and where ties at it end.
+
+    Attributes:
+        value: Larger magnitudes are kept; ``inf`` keeps nothing.
+        last: Of the entries equal to ``value`` those up to this row-major place are kept; None: all of them.
+    """
+
+    value: float
+    last: int | None = None
+
+
+def check_density(density: float, name: str = "density") -> None:
+    """Raise ValueError unless ``density`` (the fraction kept) lies in [0, 1]."""
+    if not 0 <= density <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {density}")
+
+
+def trim(stack: torch.Tensor, thresholds: Sequence[Threshold], first: int = 0) -> torch.Tensor:
+    """Return ``stack (N, K, L)`` with everything below the threshold of its matrix set to 0.
+
+    Args:
+        stack: Whole matrices, or the same lines of each. Not changed.
+        thresholds: ``N`` of them.
+        first: Row-major place of the first entry of the stack in its matrix.
+    """
+    kept = torch.empty_like(stack)
+    for matrix, threshold, out in zip(stack, thresholds, kept, strict=True):
+        value = torch.tensor(threshold.value, dtype=stack.dtype)
+        below = float(torch.nextafter(value, torch.zeros_like(value)))
+        torch.hardshrink(matrix, below, out=out)
+        if threshold.last is not None:
+            places = torch.arange(first, first + matrix.numel(), device=stack.device).view_as(matrix)
+            out.masked_fill_((matrix.abs() == threshold.value) & (places > threshold.last), 0)
+    return kept
+
+
+def find_thresholds(stack: torch.Tensor, density: float) -> list[Threshold]:
+    """Return for every matrix of ``stack (N, K, L)`` the threshold of its ``int(density * K * L)`` largest entries.
+
+    Exactly so many are kept: of ties the first in row-major order.
+
+    Raises:
+        ValueError: The density is not in [0, 1].
+    """
+    check_density(density)
+    count = int(density * stack[0].numel())
+    return [largest(partial(iter, [matrix.abs()]), None, matrix.numel(), count) for matrix in stack]
+
+
+def largest(
+    blocks: Callable[[], Iterable[torch.Tensor]], sample: torch.Tensor | None, numel: int, count: int
+) -> Threshold:
+    """Return the threshold of the ``count`` largest of ``numel`` numbers >= 0 that come in blocks, exactly.
+
+    A sample brackets the threshold; one pass counts what lies above the bracket and collects what lies inside, where
+    the threshold is selected. A bracket that misses is replaced by the side that holds it.
+
+    Args:
+        blocks: Starts a pass; the same blocks in row-major order every time.
+        sample: Numbers distributed about alike, in any order; None collects everything.
+        numel: How many numbers there are.
+        count: How many to keep.
+    """
+    if count == 0:
+        return Threshold(float("inf"))
+    if count == numel:
+        return Threshold(0.0)
+    low, high = _bracket(sample, count / numel)
+    while True:
+        above, inside = _count_and_collect(blocks(), low, high)
+        needed = count - above
+        if needed <= 0:
+            low, high = high, float("inf")
+        elif needed > len(inside):
+            low, high = 0.0, low
+        else:
+            break
+    value = float(inside.kthvalue(len(inside) + 1 - needed).values)
+    wanted = needed - int((inside > value).count_nonzero())
+    if wanted == int((inside == value).count_nonzero()):
+        return Threshold(value)
+    return Threshold(value, _place_of_equal(blocks(), value, wanted))
+
+
+def _bracket(sample: torch.Tensor | None, share: float) -> tuple[float, float]:
+    """Return bounds that hold the number which ``share`` of all exceed, most likely."""
+    if sample is None:
+        return 0.0, float("inf")
+    ordered = sample.sort(descending=True).values
+    middle = share * len(ordered)
+    margin = 4 * (middle * (1 - share)) ** 0.5 + 2
+    upper, lower = int(middle - margin), int(middle + margin) + 1
+    high = float(ordered[upper]) if upper >= 0 else float("inf")
+    return (float(ordered[lower]) if lower < len(ordered) else 0.0), high
+
+
+def _count_and_collect(blocks: Iterable[torch.Tensor], low: float, high: float) -> tuple[int, torch.Tensor]:
+    above, inside = 0, []
+    for block in blocks:
+        over = block > high
+        above += int(over.count_nonzero())
+        inside.append(block[(block >= low).logical_xor_(over)])
+    return above, torch.cat(inside)
+
+
+def _place_of_equal(blocks: Iterable[torch.Tensor], value: float, wanted: int) -> int:
+    """Return the row-major place of the ``wanted``-th entry equal to ``value``."""
+    first = 0
+    for block in blocks:
+        places = (block.flatten() == value).nonzero()
+        if len(places) >= wanted:
+            return first + int(places[wanted - 1])
+        wanted -= len(places)
+        first += block.numel()
+    raise AssertionError("the blocks of two passes differ")
+
+
+def block_lines(deltas: Deltas) -> int:
+    """Return how many lines are computed together: a property of target and device, so that rounding never varies."""
+    entries = _BLOCK_ENTRIES.get(deltas.device.type, _BLOCK_ENTRIES_ELSEWHERE)
+    return max(1, entries // deltas.shape[1])
+
+
+def blocks_of(deltas: Deltas, number: int) -> Iterator[torch.Tensor]:
+    """Yield the lines of one delta, a block ``(C, I)`` at a time, each overwritten by the next."""
+    step, (out, width) = block_lines(deltas), deltas.shape
+    a, b = deltas.a[number], deltas.b[number]
+    buffer = a.new_empty(min(step, out), width)
+    for low in range(0, out, step):
+        lines = buffer[: min(step, out - low)]
+        yield torch.mm(b[low : low + step], a, out=lines)
+
+
+def delta_thresholds(deltas: Deltas, count: int) -> list[Threshold]:
+    """Return for every delta the threshold that keeps its ``count`` largest entries; no dense delta is formed."""
+    out, width = deltas.shape
+    found = []
+    for number in range(len(deltas)):
+        sample = None
+        if out * width > 4 * _SAMPLES:
+            lines, columns = _sampled_places(out, width)
+            a, b = deltas.a[number], deltas.b[number]
+            sample = (b[lines.to(b.device)] * a.T[columns.to(a.device)]).sum(dim=1).abs_()
+        found.append(largest(partial(_magnitudes, deltas, number), sample, out * width, count))
+    return found
+
+
+def _magnitudes(deltas: Deltas, number: int) -> Iterator[torch.Tensor]:
+    return map(torch.abs_, blocks_of(deltas, number))
+
+
+@lru_cache(maxsize=32)
+def _sampled_places(out: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return lines and columns of a low-discrepancy sample (the golden pair of two dimensions)."""
+    steps = torch.arange(1, _SAMPLES + 1, dtype=torch.float64)
+    lines, columns = (steps * 0.7548776662466927).frac(), (steps * 0.5698402909980532).frac()
+    return (lines * out).long(), (columns * width).long()
+
+
+def stream(deltas: Deltas, rule: Callable[[torch.Tensor, int], torch.Tensor]) -> Streamed:
+    """Return the merge whose lines are ``rule(lines (N, C, I), first line) -> (C, I)``.
+
+    Lines are always computed in the same blocks, so the result is the same to the bit however it is read. The rule
+    may change the lines it is given.
+    """
+    step, (out, width) = block_lines(deltas), deltas.shape
+
+    def block(low: int) -> torch.Tensor:
+        high = min(low + step, out)
+        lines = deltas.a[0].new_empty(len(deltas), high - low, width)
+        for a, b, to in zip(deltas.a, deltas.b, lines, strict=True):
+            torch.mm(b[low:high], a, out=to)
+        return rule(lines, low)
+
+    def rows(low: int, high: int) -> torch.Tensor:
+        merged = deltas.a[0].new_empty(high - low, width)
+        for start in range(low - low % step, high, step):
+            begin, end = max(low, start), min(high, start + step)
+            merged[begin - low : end - low] = block(start)[begin - start : end - start]
+        return merged
+
+    return Streamed(rows, deltas.shape)
