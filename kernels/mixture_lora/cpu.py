@@ -12,7 +12,7 @@ import torch
 
 from compose.kernels.lowrank import lowrank
 from compose.kernels.mixture_lora import parameters
-from compose.kernels.mixture_lora.plan import Factors, MixturePlan, prepared
+from compose.kernels.mixture_lora.plan import Factors, MixturePlan, chosen_lines, prepared
 from compose.kernels.policy import gather_cost, segments_cost, stacked_cost
 from compose.kernels.stack import LoraStack
 
@@ -115,22 +115,30 @@ def choose_sparse(stack: LoraStack, gates: torch.Tensor, tokens: int) -> Strateg
 
 
 def _dense(call: _Call, strategy: Strategy | None) -> torch.Tensor:
+    if strategy is None:
+        factors = prepared(call.plan, call.stack, call.gates, 0, lambda: _dense_factors(call, None))
+    else:
+        factors = _dense_factors(call, strategy)
+    if factors.a.shape[0] == 0:
+        return _nothing(call.x_BTD, call.stack, call.base_BTO)
+    return lowrank(call.x_BTD, *factors, call.base_BTO, reuse_base=call.reuse_base)
+
+
+def _dense_factors(call: _Call, strategy: Strategy | None) -> Factors:
+    """The rank rows that dense gates need: all, those of the active adapters, or none."""
     stack, gates = call.stack, call.gates
     active = active_gates(stack, gates)
     strategy = strategy or choose_dense(stack, active)
     if strategy == "stacked" or active is None:
-        return _stacked(call, gates)
+        return Factors(stack.a_RD, stack.b_RO, stack.row_coefficients(gates).to(call.x_BTD.dtype))
     if strategy == "none":
-        return _nothing(call.x_BTD, stack, call.base_BTO)
+        return Factors(stack.a_RD[:0], stack.b_RO[:0], 1.0)
     if len(active) == 1:
         ((adapter, gate),) = active.items()
-        a, b = stack.factors(adapter)
-        number = gate * stack.scaling_E[adapter].item()
-        return lowrank(call.x_BTD, a, b, number, call.base_BTO, reuse_base=call.reuse_base)
+        return Factors(*stack.factors(adapter), gate * stack.scaling_E[adapter].item())
     rows_R = torch.cat([torch.arange(stack.offsets[adapter], stack.offsets[adapter + 1]) for adapter in active])
     a, b = stack.a_RD.index_select(0, rows_R), stack.b_RO.index_select(0, rows_R)
-    c = stack.row_coefficients(gates).index_select(0, rows_R).to(call.x_BTD.dtype)
-    return lowrank(call.x_BTD, a, b, c, call.base_BTO, reuse_base=call.reuse_base)
+    return Factors(a, b, stack.row_coefficients(gates).index_select(0, rows_R).to(call.x_BTD.dtype))
 
 
 def _stacked(call: _Call, gates: torch.Tensor) -> torch.Tensor:
@@ -164,23 +172,22 @@ def _sparse(call: _Call, indices: torch.Tensor, strategy: Strategy | None) -> to
 def _gather(call: _Call, indices: torch.Tensor) -> torch.Tensor:
     """Gather the chosen adapters' rows: once for gates ``(K,)``, per batch row for ``(B, 1, K)``."""
     rows = indices.numel() * call.stack.max_rank
-    factors = prepared(call.plan, call.stack, call.gates, rows, lambda: _gathered(call, indices))
+    factors = prepared(call.plan, call.stack, call.gates, rows, lambda: _gathered(call, indices), indices=indices)
     return lowrank(call.x_BTD, *factors, call.base_BTO, reuse_base=call.reuse_base)
 
 
 def _gathered(call: _Call, indices: torch.Tensor) -> Factors:
-    stack = call.stack
-    line = torch.where(indices < 0, stack.num_adapters, indices)
-    line = line.squeeze(1) if line.dim() == 3 else line
-    rows = stack.index.table_Er[line].flatten(-2)
-    valid = stack.index.valid_Er[line].flatten(-2)
-    a = stack.a_RD.index_select(0, rows.reshape(-1)).view(*rows.shape, stack.a_RD.shape[1])
-    b = stack.b_RO.index_select(0, rows.reshape(-1)).view(*rows.shape, stack.b_RO.shape[1])
-    if torch.compiler.is_compiling() or valid.device.type != "cpu" or not bool(valid.all()):
-        a, b = a.masked_fill(~valid[..., None], 0.0), b.masked_fill(~valid[..., None], 0.0)
-    scaled = call.gates * stack.scaling_E.to(call.gates.dtype)[indices.clamp(min=0)]
-    c = scaled.repeat_interleave(stack.max_rank, dim=-1).to(call.x_BTD.dtype)
-    return Factors(a, b, torch.where(valid if c.dim() == 1 else valid[:, None], c, 0.0))
+    """The chosen adapters' rows; unused places repeat some row, so they are emptied and get the coefficient 0."""
+    stack, lines = call.stack, chosen_lines(call.plan, call.stack, indices)
+    a = stack.a_RD.index_select(0, lines.rows.reshape(-1)).view(*lines.rows.shape, stack.a_RD.shape[1])
+    b = stack.b_RO.index_select(0, lines.rows.reshape(-1)).view(*lines.rows.shape, stack.b_RO.shape[1])
+    scaled = call.gates * stack.scaling_E.to(call.gates.dtype)[lines.adapters]
+    c = scaled[..., None].expand(*scaled.shape, stack.max_rank).flatten(-2).to(call.x_BTD.dtype)
+    if lines.unused is None:
+        return Factors(a, b, c)
+    unused = lines.unused
+    c = c.masked_fill(unused if c.dim() == 1 else unused[:, None], 0.0)
+    return Factors(a.masked_fill_(unused[..., None], 0.0), b.masked_fill_(unused[..., None], 0.0), c)
 
 
 def _pairs(call: _Call, indices: torch.Tensor) -> torch.Tensor:

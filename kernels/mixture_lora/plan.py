@@ -20,8 +20,22 @@ class Factors(NamedTuple):
     c: torch.Tensor | float
 
 
+class Lines(NamedTuple):
+    """Rank rows of the adapters that indices name, at one line per batch row (or one for the whole batch).
+
+    Attributes:
+        rows: int64 ``(K r,)`` or ``(B, K r)``: rank rows; unused places hold some row.
+        unused: bool, of the same shape: which places are not used; None when all are.
+        adapters: int64, the shape of the gates: the indices with 0 for "no adapter".
+    """
+
+    rows: torch.Tensor
+    unused: torch.Tensor | None
+    adapters: torch.Tensor
+
+
 class _Kept(NamedTuple):
-    """Factors and what they were made from: versions of the stack, place and version of the gates."""
+    """Factors and what they were made from: versions of the stack, place and version of gates and indices."""
 
     made_from: tuple[Any, ...]
     factors: Factors
@@ -29,12 +43,15 @@ class _Kept(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MixturePlan:
-    """Kept factors of one set of gates (with its indices), by stack; held as long as plan and stack live.
+    """What is kept for one set of gates (with its indices). Writing to any tensor in place is noticed.
 
-    Pass one plan per set of gates. Writing to the gates, the factors or the scaling in place is noticed.
+    Attributes:
+        kept: Factors by stack, held as long as plan and stack live.
+        lines: Rank rows by the stack's ranks: targets with equal ranks share them.
     """
 
     kept: WeakKeyDictionary[LoraStack, _Kept] = field(default_factory=WeakKeyDictionary, repr=False)
+    lines: dict[tuple[int, ...], tuple[int, Lines]] = field(default_factory=dict, repr=False)
 
 
 def keeps(plan: MixturePlan | None, stack: LoraStack, gates: torch.Tensor, rows: int) -> bool:
@@ -49,14 +66,42 @@ def keeps(plan: MixturePlan | None, stack: LoraStack, gates: torch.Tensor, rows:
 
 
 def prepared(
-    plan: MixturePlan | None, stack: LoraStack, gates: torch.Tensor, rows: int, make: Callable[[], Factors]
+    plan: MixturePlan | None,
+    stack: LoraStack,
+    gates: torch.Tensor,
+    rows: int,
+    make: Callable[[], Factors],
+    *,
+    indices: torch.Tensor | None = None,
 ) -> Factors:
     """Return ``make()``, from the plan where it holds the result; see ``keeps``."""
     if plan is None or not keeps(plan, stack, gates, rows):
         return make()
-    made_from = (*(stack.versions() or ()), gates.data_ptr(), gates._version)
+    chosen = () if indices is None or indices.is_inference() else (indices.data_ptr(), indices._version)
+    made_from = (*(stack.versions() or ()), gates.data_ptr(), gates._version, *chosen)
     found = plan.kept.get(stack)
     if found is None or found.made_from != made_from:
         with torch.inference_mode(False):
             found = plan.kept[stack] = _Kept(made_from, make())
     return found.factors
+
+
+def chosen_lines(plan: MixturePlan | None, stack: LoraStack, indices: torch.Tensor) -> Lines:
+    """Return the rank rows of the chosen adapters: ``indices (K,)`` or ``(B, 1, K)``."""
+    if plan is None or torch.compiler.is_compiling() or indices.is_inference():
+        return _lines(stack, indices)
+    found = plan.lines.get(stack.ranks)
+    if found is None or found[0] != indices._version or found[1].rows.device != indices.device:
+        with torch.inference_mode(False):
+            found = plan.lines[stack.ranks] = (indices._version, _lines(stack, indices))
+    return found[1]
+
+
+def _lines(stack: LoraStack, indices: torch.Tensor) -> Lines:
+    line = torch.where(indices < 0, stack.num_adapters, indices)
+    line = line.squeeze(1) if line.dim() == 3 else line
+    rows = stack.index.table_Er[line].flatten(-2)
+    valid = stack.index.valid_Er[line].flatten(-2)
+    on_host = valid.device.type == "cpu" and not torch.compiler.is_compiling()
+    unused = None if on_host and bool(valid.all()) else ~valid
+    return Lines(rows, unused, indices.clamp(min=0))

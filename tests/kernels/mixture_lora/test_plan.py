@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compose.kernels.mixture_lora import cpu
 from compose.kernels.mixture_lora.op import MixturePlan, mixture_lora
 from compose.kernels.mixture_lora.plan import keeps
 
@@ -36,6 +37,22 @@ def test_a_plan_changes_nothing_and_notices_writes(make_stack, case, tokens) -> 
     for changed in (gates, stack.a_RD, stack.b_RO, stack.scaling_E):
         changed.mul_(1.7)
         torch.testing.assert_close(run(plan), run(None))
+
+
+def test_indices_written_in_place_are_noticed_and_lines_are_shared_by_equal_ranks(make_stack) -> None:
+    first, second = make_stack(), make_stack(width=9)
+    gates, indices, plan = (
+        torch.randn(3, 2, dtype=torch.float64),
+        torch.tensor([[0, 3], [4, -1], [1, 2]]),
+        MixturePlan(),
+    )
+    for stack, width in ((first, 13), (second, 9)):
+        x = torch.randn(3, 4, width, dtype=torch.float64)
+        for _ in range(2):
+            found = cpu.forward(x, stack, gates, indices, base=None, combine="outputs", plan=plan, strategy="gather")
+            torch.testing.assert_close(found, mixture_lora(x, stack, gates, indices, backend="reference"))
+            indices.copy_(indices.flip(0))
+    assert len(plan.lines) == 1
 
 
 @pytest.mark.parametrize("case", ["parameters, whole batch", "parameters, per row", "sparse, whole batch"])
