@@ -23,6 +23,7 @@ _EXPORTS = {
     "Coefficients": "compose.engine.coefficients",
     "ComposeError": "compose.errors",
     "attach": "compose.engine.attach",
+    "merge": "compose.engine.merge",
     "few_shot_search": "compose.fewshot.run",
     "read_adapter": "compose.formats.peft",
     "write_adapter": "compose.formats.peft",

@@ -205,11 +205,43 @@ def compact(factors: Factors, rank: int | None = None, energy: float | None = No
     right, r_a = torch.linalg.qr(factors.a.T)
     u, s, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     squared = s.double().square()
+    kept = _kept(squared, rank, energy)
+    root = s[:kept].sqrt()
+    factors = Factors((root[:, None] * v_t[:kept]) @ right.T, left @ (u[:, :kept] * root))
+    return factors, _lost(squared, kept)
+
+
+def compact_dense(delta: Streamed, rank: int | None = None, energy: float | None = None) -> tuple[Factors, float]:
+    """`compact` of a delta without a low-rank form: its dense matrix is formed, one target at a time.
+
+    Singular vectors come from the eigenvectors of the smaller Gram matrix, in float64.
+    """
+    matrix = delta.dense()
+    turned = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    double = turned.double()
+    values, vectors = torch.linalg.eigh(double @ double.T)
+    squared, left = values.flip(0).clamp(min=0.0), vectors.flip(1)
+    kept = _kept(squared, rank, energy)
+    root = squared[:kept].sqrt().sqrt()
+    safe = torch.where(root > 0, root, 1.0)
+    b = left[:, :kept] * root
+    a = (left[:, :kept].T @ double) / safe[:, None]
+    factors = Factors(a.to(matrix.dtype), b.to(matrix.dtype))
+    if turned is not matrix:
+        factors = Factors(factors.b.T.contiguous(), factors.a.T.contiguous())
+    return factors, _lost(squared, kept)
+
+
+def _kept(squared: torch.Tensor, rank: int | None, energy: float | None) -> int:
+    """How many singular values to keep, from their squares in falling order."""
+    kept = len(squared) if rank is None else min(rank, len(squared))
     total = float(squared.sum())
-    kept = len(s) if rank is None else min(rank, len(s))
     if energy is not None and total > 0:
         reached = squared.cumsum(0) / total >= energy - 1e-12
-        kept = min(kept, int(reached.int().argmax()) + 1 if bool(reached.any()) else len(s))
-    root = s[:kept].sqrt()
-    error = (float(squared[kept:].sum()) / total) ** 0.5 if total else 0.0
-    return Factors((root[:, None] * v_t[:kept]) @ right.T, left @ (u[:, :kept] * root)), error
+        kept = min(kept, int(reached.int().argmax()) + 1 if bool(reached.any()) else len(squared))
+    return kept
+
+
+def _lost(squared: torch.Tensor, kept: int) -> float:
+    total = float(squared.sum())
+    return (float(squared[kept:].sum()) / total) ** 0.5 if total else 0.0

@@ -1,0 +1,135 @@
+"""merge: the adapters of a bank combined once and for all, target by target, by a registered method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from compose.adapter import Adapter, LowRank
+from compose.bank import Bank
+from compose.engine.merge_weights import Weight, parse_expression, resolve_weights
+from compose.engine.merged import Merged, MergedTarget
+from compose.errors import IncompatibleError
+from compose.merging.deltas import Deltas, Factors, Streamed, compact, compact_dense
+from compose.merging.method import METHODS, Context, Method, Space, make_method
+
+
+def merge(
+    bank: Bank | Sequence[Adapter],
+    method: str = "sum",
+    weights: Mapping[str, Weight] | Sequence[float] | str | None = None,
+    *,
+    space: Space = "full",
+    rank: int | None = None,
+    energy: float | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    name: str = "merged",
+    **options: Any,
+) -> Merged:
+    """Merge adapters into one, on their deltas ``scaling * B A``.
+
+    An adapter that misses a target counts as zero there. Arithmetic is in float32, or float64 where a factor is;
+    results have the dtype of the first adapter's factors.
+
+    Args:
+        bank: A bank, or adapters over one base.
+        method: A name of ``compose.merging.method.METHODS``.
+        weights: Name -> number, or name -> {target pattern: number}; a number per adapter; an expression such as
+            ``"0.6*math - 0.3*toxic"``; None: all at 1. What a weight means is the method's.
+        space: ``"full"``, or the method's variant on KnOTS coordinates or in the core: ``("ties", "core")`` is
+            ``core_ties``.
+        rank: Recompress every target to at most this rank (Eckart-Young; the error is in the result).
+        energy: Recompress to the fewest singular values that hold this share of the squared norm.
+        device: Where to compute.
+        seed: Of random methods.
+        name: Of the new adapter.
+        **options: The method's own.
+
+    Raises:
+        UnknownNameError: No such method or adapter.
+        IncompatibleError: Options, weights or adapters do not fit; factors are not finite.
+    """
+    bank = bank if isinstance(bank, Bank) else Bank.from_adapters(bank)
+    built = make_method(method_in(method, space), options)
+    if rank is not None and rank < 1:
+        raise IncompatibleError(f"rank must be at least 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise IncompatibleError(f"energy must lie in (0, 1], got {energy}")
+    given = parse_expression(weights) if isinstance(weights, str) else weights
+    chosen, per_target = resolve_weights(given, bank.names, list(bank.targets))
+    count = built.contract.exact_count
+    if count is not None and len(chosen) != count:
+        raise IncompatibleError(f"{method!r} merges exactly {count} adapters, got {len(chosen)}: {', '.join(chosen)}")
+    adapters = [bank[one] for one in chosen]
+    dtype = next(iter(adapters[0].targets.values())).a.dtype
+    targets = {}
+    for target in bank.targets:
+        deltas = target_deltas(adapters, target, per_target[target], torch.device(device))
+        if deltas is not None:
+            targets[target] = _merge_target(built, deltas, Context(seed), rank, energy).to(dtype)
+    lineage = [
+        {"name": one.name, "sha256": one.sha256, "weight": _said(per_target, number)}
+        for number, one in enumerate(adapters)
+    ]
+    recipe = {
+        "method": method_in(method, space), "options": asdict(built), "rank": rank, "energy": energy, "seed": seed,  # type: ignore[call-overload]
+        "parents": lineage,
+    }  # fmt: skip
+    return Merged(name, bank.base, targets, recipe)
+
+
+def method_in(method: str, space: Space) -> str:
+    """Return the registered name of a method in a space.
+
+    Raises:
+        UnknownNameError: There is no such method.
+        IncompatibleError: The method has no variant in this space.
+    """
+    if space == "full":
+        METHODS[method]
+        return method
+    name = f"{space}_{method}"
+    if name not in METHODS:
+        known = ", ".join(one for one in METHODS if one.startswith(f"{space}_")) or "none"
+        raise IncompatibleError(f"{method!r} has no variant in the {space} space; there: {known}")
+    return name
+
+
+def target_deltas(
+    adapters: Sequence[Adapter], target: str, weights: Sequence[float], device: torch.device
+) -> Deltas | None:
+    """Return one target's updates with zero-rank ones for adapters that miss it; None where all weights are 0."""
+    present = [adapter.targets[target] for adapter in adapters if target in adapter.targets]
+    if not present or not any(weights):
+        return None
+    first = present[0]
+    missing = LowRank(first.a[:0], first.b[:, :0], 1.0, first.kind)
+    updates = [adapter.targets.get(target, missing) for adapter in adapters]
+    double = any(torch.float64 in (update.a.dtype, update.b.dtype) for update in present)
+    dtype = torch.float64 if double else torch.float32
+    names = [adapter.name for adapter in adapters]
+    return Deltas.of(updates, weights, names=names, target=target, dtype=dtype, device=device)
+
+
+def _merge_target(
+    method: Method, deltas: Deltas, context: Context, rank: int | None, energy: float | None
+) -> MergedTarget:
+    result: Factors | Streamed = method.merge(deltas, context)
+    error = 0.0
+    if rank is not None or energy is not None:
+        if isinstance(result, Streamed):
+            result, error = compact_dense(result, rank, energy)
+        else:
+            result, error = compact(result, rank, energy)
+    return MergedTarget(result, deltas.kind, error)
+
+
+def _said(per_target: Mapping[str, Sequence[float]], number: int) -> Weight:
+    """One adapter's weight as the recipe tells it: a number, or one per target where they differ."""
+    numbers = {target: float(weights[number]) for target, weights in per_target.items()}
+    distinct = set(numbers.values())
+    return distinct.pop() if len(distinct) == 1 else numbers

@@ -1,0 +1,165 @@
+"""Merged: the result of a merge, to be saved as an adapter or added to a model's weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from compose.adapter import Adapter, LowRank, TargetKind
+from compose.errors import IncompatibleError
+from compose.formats.peft import adapter_files
+from compose.formats.publish import publish_folder
+from compose.merging.deltas import Factors, Streamed
+
+ROWS = 512
+"""Lines of a delta computed at once when it is added to a weight."""
+
+
+class MergedTarget(NamedTuple):
+    """One target's merged delta, and what recompression lost of it (relative Frobenius norm; 0 without one)."""
+
+    delta: Factors | Streamed
+    kind: TargetKind
+    error: float
+
+    def to(self, dtype: torch.dtype) -> MergedTarget:
+        """Round the factors to a dtype, on the CPU; lines that are computed later stay as they are."""
+        if isinstance(self.delta, Streamed):
+            return self
+        return self._replace(delta=Factors(*(factor.to("cpu", dtype) for factor in self.delta)))
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """A merge of adapters.
+
+    Attributes:
+        name: Of the adapter it makes.
+        base: Of the adapters.
+        targets: Target -> merged delta.
+        recipe: Method, options, seed and parents (names, hashes, weights), for the adapter's configuration.
+    """
+
+    name: str
+    base: str
+    targets: Mapping[str, MergedTarget]
+    recipe: Mapping[str, Any]
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the result is an adapter without further ado."""
+        return all(isinstance(target.delta, Factors) for target in self.targets.values())
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """The merged adapter: scaling 1 everywhere, targets of rank 0 left out.
+
+        Raises:
+            IncompatibleError: The method's result has no low-rank form, or nothing is left.
+        """
+        if not self.low_rank:
+            raise IncompatibleError(
+                f"{self.recipe['method']!r} changes single entries, so its result is no low-rank adapter: "
+                "give rank= or energy= to recompress it (the error is reported), or use merge_into(model)"
+            )
+        updates = {
+            target: LowRank(merged.delta.a, merged.delta.b, 1.0, merged.kind)
+            for target, merged in self.targets.items()
+            if isinstance(merged.delta, Factors) and merged.delta.a.shape[0]
+        }
+        if not updates:
+            raise IncompatibleError("the result is zero everywhere: the base model, there is no adapter to write")
+        return Adapter(self.name, self.base, updates)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a PEFT folder, with the recipe as ``merge.json``, and return it; see `adapter` for what can be."""
+        files = adapter_files(self.adapter) | {"merge.json": json.dumps(self.recipe, indent=2).encode()}
+        return publish_folder(files, Path(folder))
+
+    @property
+    def relative_error(self) -> float:
+        """What recompression lost over all targets: ``||lost|| / ||merged||``."""
+        lost = total = 0.0
+        for merged in self.targets.values():
+            if merged.error and isinstance(merged.delta, Factors):
+                kept = LowRank(merged.delta.a, merged.delta.b, 1.0).norm() ** 2
+                whole = kept / (1 - merged.error**2) if merged.error < 1 else kept
+                lost, total = lost + whole - kept, total + whole
+            elif isinstance(merged.delta, Factors):
+                total += LowRank(merged.delta.a, merged.delta.b, 1.0).norm() ** 2
+        return (lost / total) ** 0.5 if total else 0.0
+
+    @torch.no_grad()
+    def merge_into(self, model: nn.Module) -> Undo:
+        """Add the deltas to the model's weights, in float32 or better, all or nothing.
+
+        Returns:
+            What takes it back: it holds a copy of every changed weight.
+
+        Raises:
+            IncompatibleError: A target does not exist, has another shape, or its weight is not floating point.
+        """
+        places = [_place(model, target, merged) for target, merged in self.targets.items()]
+        undo = Undo({})
+        try:
+            for weight, transposed, merged in places:
+                if weight not in undo.before:
+                    undo.before[weight] = weight.detach().clone()
+                _add(weight.detach(), transposed, merged.delta)
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+
+@dataclass(frozen=True, eq=False)
+class Undo:
+    """Takes a merge back: call it once.
+
+    Attributes:
+        before: Parameter -> its values before the merge.
+    """
+
+    before: dict[nn.Parameter, torch.Tensor]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Restore every weight to the bit."""
+        for weight, values in self.before.items():
+            weight.copy_(values)
+
+
+def _place(model: nn.Module, target: str, merged: MergedTarget) -> tuple[nn.Parameter, bool, MergedTarget]:
+    """The parameter of a target, and whether it holds the transposed delta."""
+    try:
+        module = model.get_submodule(target)
+    except AttributeError:
+        raise IncompatibleError(f"the model has no module {target!r}; it is not the adapters' base") from None
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        raise IncompatibleError(
+            f"{target}: its weight is no floating point parameter (quantised?); nothing was changed"
+        )
+    transposed = merged.kind == "embedding" or type(module).__name__ == "Conv1D"
+    delta = merged.delta
+    shape = (delta.b.shape[0], delta.a.shape[1]) if isinstance(delta, Factors) else delta.shape
+    if tuple(weight.shape) != (shape[::-1] if transposed else shape):
+        raise IncompatibleError(f"{target}: the delta is {shape}, the model's weight {tuple(weight.shape)}")
+    return weight, transposed, merged
+
+
+def _add(weight: torch.Tensor, transposed: bool, delta: Factors | Streamed) -> None:
+    """Add line by line; a sum is rounded to the weight's dtype once."""
+    lines = weight.T if transposed else weight
+    for low in range(0, lines.shape[0], ROWS):
+        high = min(low + ROWS, lines.shape[0])
+        change = delta.b[low:high] @ delta.a if isinstance(delta, Factors) else delta.rows(low, high)
+        exact = torch.promote_types(weight.dtype, change.dtype)
+        lines[low:high] = (lines[low:high].to(exact) + change.to(weight.device, exact)).to(weight.dtype)

@@ -1,0 +1,213 @@
+"""merge on banks: exact sums, weights per pattern, saving, loading in PEFT, and adding to a model's weights."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import compose
+from compose.adapter import Adapter, LowRank
+from compose.bank import Bank
+from compose.engine.merge_weights import parse_expression, resolve_weights
+from compose.errors import IncompatibleError, UnknownNameError
+from compose.merging.deltas import Streamed
+from compose.merging.method import METHODS, Contract
+
+TARGETS = ["model.layers.0.q", "model.layers.0.v", "model.layers.1.q"]
+
+
+@pytest.fixture
+def adapters() -> list[Adapter]:
+    generator = torch.Generator().manual_seed(3)
+
+    def update(rank: int, scaling: float) -> LowRank:
+        a, b = torch.randn(rank, 12, generator=generator), torch.randn(9, rank, generator=generator)
+        return LowRank(a, b, scaling)
+
+    return [
+        Adapter("math", "base", {target: update(3, 0.5) for target in TARGETS}),
+        Adapter("code", "base", {target: update(2, 2.0) for target in TARGETS[:2]}),
+        Adapter("law", "base", {target: update(5, -1.0) for target in TARGETS}),
+    ]
+
+
+def dense(adapters, target, weights) -> torch.Tensor:
+    return sum(
+        weights[adapter.name] * adapter.targets[target].delta()
+        for adapter in adapters
+        if target in adapter.targets and adapter.name in weights
+    )
+
+
+def test_the_default_is_the_exact_sum_of_whoever_is_there(adapters) -> None:
+    merged = compose.merge(adapters)
+    assert merged.low_rank
+    for target in TARGETS:
+        assert_close(merged.adapter.targets[target].delta(), dense(adapters, target, {"math": 1, "code": 1, "law": 1}))
+    assert merged.adapter.ranks == {TARGETS[0]: 10, TARGETS[1]: 10, TARGETS[2]: 8}
+
+
+def test_weights_come_as_numbers_expressions_and_patterns(adapters) -> None:
+    by_name = compose.merge(adapters, weights={"law": -0.3, "math": 0.6})
+    by_text = compose.merge(adapters, weights="0.6*math - 0.3*law")
+    in_order = compose.merge(adapters, weights=[0.6, 0.0, -0.3])
+    by_pattern = compose.merge(adapters, weights={"math": {"*": 0.6, "*.1.*": 2.0}, "law": -0.3})
+    for target in TARGETS:
+        expected = dense(adapters, target, {"math": 0.6, "law": -0.3})
+        for merged in (by_name, by_text, in_order):
+            assert_close(merged.adapter.targets[target].delta(), expected)
+        number = 2.0 if ".1." in target else 0.6
+        assert_close(
+            by_pattern.adapter.targets[target].delta(), dense(adapters, target, {"math": number, "law": -0.3})
+        )
+    assert [parent["name"] for parent in by_name.recipe["parents"]] == ["math", "law"]
+    assert by_pattern.recipe["parents"][0]["weight"] == {TARGETS[0]: 0.6, TARGETS[1]: 0.6, TARGETS[2]: 2.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("0.6*math + 0.4*code - 0.3*toxic", {"math": 0.6, "code": 0.4, "toxic": -0.3}),
+        ("math", {"math": 1.0}),
+        ("-2 * a-b/c.d + .5*x", {"a-b/c.d": -2.0, "x": 0.5}),
+        ("  1e-2*x  ", {"x": 0.01}),
+    ],
+)
+def test_an_expression_is_read(text, weights) -> None:
+    assert parse_expression(text) == weights
+
+
+@pytest.mark.parametrize("text", ["", "0.5*", "a b", "a + + b", "a + a", "*a"])
+def test_what_is_no_expression_is_refused(text) -> None:
+    with pytest.raises(IncompatibleError, match="expression"):
+        parse_expression(text)
+
+
+def test_weights_that_fit_nothing_are_refused() -> None:
+    names, targets = ("a", "b"), ["x.q"]
+    with pytest.raises(UnknownNameError, match="'c'"):
+        resolve_weights({"c": 1.0}, names, targets)
+    with pytest.raises(IncompatibleError, match=r"'\*k' of 'a' matches no target"):
+        resolve_weights({"a": {"*k": 1.0}}, names, targets)
+    with pytest.raises(IncompatibleError, match="finite"):
+        resolve_weights({"a": float("nan")}, names, targets)
+    with pytest.raises(IncompatibleError, match="one weight per adapter"):
+        resolve_weights([1.0], names, targets)
+    with pytest.raises(IncompatibleError, match="no adapter"):
+        resolve_weights({}, names, targets)
+
+
+def test_recompression_is_optimal_and_its_error_is_told(adapters) -> None:
+    merged = compose.merge(adapters, rank=4)
+    lost = total = 0.0
+    for target in TARGETS:
+        whole = dense(adapters, target, {"math": 1, "code": 1, "law": 1})
+        s = torch.linalg.svdvals(whole.double()).square()
+        lost, total = lost + float(s[4:].sum()), total + float(s.sum())
+        assert merged.adapter.targets[target].rank == 4
+        error = (merged.adapter.targets[target].delta() - whole).norm() / whole.norm()
+        assert merged.targets[target].error == pytest.approx(float(error), rel=1e-3)
+    assert merged.relative_error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
+    with pytest.raises(IncompatibleError, match="rank must be at least 1"):
+        compose.merge(adapters, rank=0)
+    with pytest.raises(IncompatibleError, match="energy"):
+        compose.merge(adapters, energy=1.5)
+
+
+class _EveryOtherEntry:
+    """A rule without a low-rank form: every other entry of the sum."""
+
+    contract = Contract(summary="test", paper="none", low_rank=False)
+
+    def merge(self, deltas, context):
+        whole = deltas.combine(deltas.weights).dense()
+        whole[:, ::2] = 0
+        return Streamed(lambda low, high: whole[low:high], deltas.shape)
+
+
+@pytest.fixture
+def sparse_rule(monkeypatch):
+    from dataclasses import dataclass
+
+    kind = dataclass(frozen=True, kw_only=True)(_EveryOtherEntry)
+    assert "sum" in METHODS
+    monkeypatch.setitem(METHODS._entries, "every_other", kind)
+    return "every_other"
+
+
+def test_a_rule_without_a_low_rank_form_says_so_and_offers_ways_on(adapters, sparse_rule) -> None:
+    merged = compose.merge(adapters, sparse_rule)
+    with pytest.raises(IncompatibleError, match=r"rank=.*merge_into"):
+        _ = merged.adapter
+    small = compose.merge(adapters, sparse_rule, rank=3)
+    for target in TARGETS:
+        whole = merged.targets[target].delta.dense()
+        u, s, v = torch.linalg.svd(whole, full_matrices=False)
+        assert_close(small.adapter.targets[target].delta(), u[:, :3] * s[:3] @ v[:3], atol=1e-4, rtol=1e-4)
+        assert small.targets[target].error == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-3)
+
+
+def test_methods_spaces_and_counts_are_checked_before_any_work(adapters) -> None:
+    with pytest.raises(UnknownNameError, match="unknown merge method 'summ'; did you mean 'sum'"):
+        compose.merge(adapters, "summ")
+    with pytest.raises(IncompatibleError, match="no option 'density'"):
+        compose.merge(adapters, density=0.5)
+    with pytest.raises(IncompatibleError, match="no variant in the core space"):
+        compose.merge(adapters, "sum", space="core")
+
+
+def test_save_writes_what_loads_and_computes_the_same(tiny_model, make_bank, tmp_path) -> None:
+    model = tiny_model("llama")
+    bank = make_bank(model)
+    merged = compose.merge(bank, weights=[0.5, -0.3, 0.2, 0.1])
+    folder = merged.save(tmp_path / "merged")
+    recipe = json.loads((folder / "merge.json").read_text())
+    assert (recipe["method"], len(recipe["parents"])) == ("sum", 4)
+    ids = torch.tensor([[5, 9, 11, 3]])
+    with compose.attach(model, bank) as attached, torch.no_grad():
+        attached.set(compose.Coefficients(torch.tensor([0.5, -0.3, 0.2, 0.1])))
+        wanted = model(ids).logits
+    with compose.attach(model, Bank.open(folder)) as attached, torch.no_grad():
+        attached.set("merged")
+        assert_close(model(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+    peft = pytest.importorskip("peft", reason="PEFT reads what we write")
+    with torch.no_grad():
+        loaded = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        assert_close(loaded(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merge_into_adds_the_deltas_and_can_be_undone_to_the_bit(tiny_model, make_bank, name) -> None:
+    model, ids = tiny_model(name), torch.tensor([[5, 9, 11, 3]])
+    bank = make_bank(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with compose.attach(model, bank) as attached, torch.no_grad():
+        attached.set(compose.Coefficients(torch.tensor([0.5, -0.3, 0.2, 0.1])))
+        wanted = model(ids).logits
+    merged = compose.merge(bank, weights=[0.5, -0.3, 0.2, 0.1])
+    undo = merged.merge_into(model)
+    with torch.no_grad():
+        assert_close(model(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+    undo()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_merge_that_does_not_fit_changes_nothing(tiny_model, make_bank, adapters) -> None:
+    model = tiny_model("llama")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(IncompatibleError, match="no module"):
+        compose.merge(adapters).merge_into(model)
+    real = next(iter(make_bank(model).targets))
+    misfit = Adapter("x", "", {real: LowRank(torch.ones(2, 7), torch.ones(5, 2), 1.0)})
+    with pytest.raises(IncompatibleError, match="the delta is"):
+        compose.merge([misfit]).merge_into(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_sum_that_cancels_is_no_adapter(adapters) -> None:
+    merged = compose.merge([adapters[0], Adapter("twin", "base", adapters[0].targets)], weights=[1.0, -1.0])
+    assert max(float(update.delta().abs().max()) for update in merged.adapter.targets.values()) < 1e-5
+    with pytest.raises(IncompatibleError, match="zero everywhere"):
+        _ = compose.merge(adapters, weights={"math": 0.0}).adapter
