@@ -6,7 +6,7 @@ Letters: ``N`` updates, ``K, L`` sizes of a stack of matrices (the core, or line
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import ClassVar, Literal, NamedTuple, get_args
@@ -17,9 +17,24 @@ from compose.merging.deltas import Deltas, Streamed
 
 Elect = Literal["weighted", "raw", "count", "none"]
 Denominator = Literal["weight", "count", "none"]
+Rescale = Literal["probability", "l1", "none"]
+Prune = Callable[[int, torch.Tensor, int], torch.Tensor]
+"""``prune(number of the delta, its lines (C, I), first line)`` returns pruned lines; it may overwrite those given."""
 _SAMPLES = 1 << 13  # entries that guess where a threshold lies; the guess decides speed, never the result
 _BLOCK_ENTRIES = {"cpu": 1 << 16}  # of one delta at a time: fits the cache of a CPU
 _BLOCK_ENTRIES_ELSEWHERE = 1 << 22
+
+
+def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless ``given`` is allowed."""
+    if given not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {given!r}")
+
+
+def check_density(density: float, name: str = "density") -> None:
+    """Raise ValueError unless ``density`` (the fraction kept) lies in [0, 1]."""
+    if not 0 <= density <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {density}")
 
 
 @dataclass(frozen=True)
@@ -39,9 +54,21 @@ class Election:
 
     def __post_init__(self) -> None:
         """Refuse what is not in the lists."""
-        for given, allowed in ((self.elect, get_args(Elect)), (self.denominator, get_args(Denominator))):
-            if given not in allowed:
-                raise ValueError(f"{given!r} is none of {', '.join(allowed)}")
+        check_choice("elect", self.elect, get_args(Elect))
+        check_choice("denominator", self.denominator, get_args(Denominator))
+
+    @staticmethod
+    def chosen(
+        presets: Mapping[str, Election], semantics: str, elect: Elect | None, denominator: Denominator | None
+    ) -> Election:
+        """Return the preset of a method, with what was given in its place.
+
+        Raises:
+            ValueError: A name is in none of the lists.
+        """
+        check_choice("semantics", semantics, tuple(presets))
+        preset = presets[semantics]
+        return Election(elect or preset.elect, denominator or preset.denominator)
 
 
 Election.presets.update(
@@ -64,8 +91,8 @@ def elect(stack: torch.Tensor, weights: torch.Tensor, election: Election) -> tor
         total = float(weights.sum()) if election.denominator == "weight" else float(len(stack))
         return merged if election.denominator == "none" or abs(total) < 1e-8 else merged / total
     votes = stack * numbers[:, None, None] if election.elect == "weighted" else stack
-    total = (votes.sign() if election.elect == "count" else votes).sum(dim=0)
-    sign = torch.copysign(torch.ones_like(total), total + 0.0)
+    poll = (votes.sign() if election.elect == "count" else votes).sum(dim=0)
+    sign = torch.copysign(torch.ones_like(poll), poll + 0.0)
     agreeing = (votes * sign).clamp_(min=0)
     merged = agreeing.sum(dim=0) if election.elect == "weighted" else torch.tensordot(numbers, agreeing, dims=1)
     merged = merged.mul_(sign)
@@ -90,12 +117,6 @@ class Threshold(NamedTuple):
     last: int | None = None
 
 
-def check_density(density: float, name: str = "density") -> None:
-    """Raise ValueError unless ``density`` (the fraction kept) lies in [0, 1]."""
-    if not 0 <= density <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {density}")
-
-
 def trim(stack: torch.Tensor, thresholds: Sequence[Threshold], first: int = 0) -> torch.Tensor:
     """Return ``stack (N, K, L)`` with everything below the threshold of its matrix set to 0.
 
@@ -106,13 +127,19 @@ def trim(stack: torch.Tensor, thresholds: Sequence[Threshold], first: int = 0) -
     """
     kept = torch.empty_like(stack)
     for matrix, threshold, out in zip(stack, thresholds, kept, strict=True):
-        value = torch.tensor(threshold.value, dtype=stack.dtype)
-        below = float(torch.nextafter(value, torch.zeros_like(value)))
-        torch.hardshrink(matrix, below, out=out)
-        if threshold.last is not None:
-            places = torch.arange(first, first + matrix.numel(), device=stack.device).view_as(matrix)
-            out.masked_fill_((matrix.abs() == threshold.value) & (places > threshold.last), 0)
+        _trim_one(matrix, threshold, first, out)
     return kept
+
+
+def _trim_one(matrix: torch.Tensor, threshold: Threshold, first: int, out: torch.Tensor) -> None:
+    tied = None
+    if threshold.last is not None:
+        places = torch.arange(first, first + matrix.numel(), device=matrix.device).view_as(matrix)
+        tied = (matrix.abs() == threshold.value) & (places > threshold.last)
+    value = torch.tensor(threshold.value, dtype=matrix.dtype)
+    torch.hardshrink(matrix, float(torch.nextafter(value, torch.zeros_like(value))), out=out)
+    if tied is not None:
+        out.masked_fill_(tied, 0)
 
 
 def find_thresholds(stack: torch.Tensor, density: float) -> list[Threshold]:
@@ -158,7 +185,7 @@ def largest(
             break
     value = float(inside.kthvalue(len(inside) + 1 - needed).values)
     wanted = needed - int((inside > value).count_nonzero())
-    if wanted == int((inside == value).count_nonzero()):
+    if value == 0 or wanted == int((inside == value).count_nonzero()):
         return Threshold(value)
     return Threshold(value, _place_of_equal(blocks(), value, wanted))
 
@@ -202,6 +229,21 @@ def block_lines(deltas: Deltas) -> int:
     return max(1, entries // deltas.shape[1])
 
 
+def line_blocks(deltas: Deltas) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield ``(first line, lines of every delta (N, C, I))``; they may be overwritten."""
+    for low in range(0, deltas.shape[0], block_lines(deltas)):
+        yield low, _block(deltas, low)
+
+
+def _block(deltas: Deltas, low: int) -> torch.Tensor:
+    """Return the block ``(N, C, I)`` that starts at line ``low``."""
+    high = min(low + block_lines(deltas), deltas.shape[0])
+    lines = deltas.a[0].new_empty(len(deltas), high - low, deltas.shape[1])
+    for a, b, out in zip(deltas.a, deltas.b, lines, strict=True):
+        torch.mm(b[low:high], a, out=out)
+    return lines
+
+
 def blocks_of(deltas: Deltas, number: int) -> Iterator[torch.Tensor]:
     """Yield the lines of one delta, a block ``(C, I)`` at a time, each overwritten by the next."""
     step, (out, width) = block_lines(deltas), deltas.shape
@@ -217,13 +259,20 @@ def delta_thresholds(deltas: Deltas, count: int) -> list[Threshold]:
     out, width = deltas.shape
     found = []
     for number in range(len(deltas)):
-        sample = None
-        if out * width > 4 * _SAMPLES:
-            lines, columns = _sampled_places(out, width)
-            a, b = deltas.a[number], deltas.b[number]
-            sample = (b[lines.to(b.device)] * a.T[columns.to(a.device)]).sum(dim=1).abs_()
+        sample = sampled(deltas, [number])
+        sample = None if sample is None else sample[0].abs_()
         found.append(largest(partial(_magnitudes, deltas, number), sample, out * width, count))
     return found
+
+
+def sampled(deltas: Deltas, numbers: Iterable[int] | None = None) -> torch.Tensor | None:
+    """Return the same few thousand entries of deltas (all by default): ``(N, S)``; None where there are too few."""
+    out, width = deltas.shape
+    if out * width <= 4 * _SAMPLES:
+        return None
+    lines, columns = (places.to(deltas.device) for places in _sampled_places(out, width))
+    chosen = range(len(deltas)) if numbers is None else numbers
+    return torch.stack([(deltas.b[n][lines] * deltas.a[n].T[columns]).sum(dim=1) for n in chosen])
 
 
 def _magnitudes(deltas: Deltas, number: int) -> Iterator[torch.Tensor]:
@@ -238,26 +287,64 @@ def _sampled_places(out: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (lines * out).long(), (columns * width).long()
 
 
+def keep_largest(deltas: Deltas, density: float) -> Prune:
+    """Return the pruning that keeps the ``int(density * O * I)`` largest entries of every delta, exactly."""
+    out, width = deltas.shape
+    thresholds = delta_thresholds(deltas, int(density * out * width))
+
+    def prune(number: int, lines: torch.Tensor, low: int) -> torch.Tensor:
+        _trim_one(lines, thresholds[number], low * width, lines)
+        return lines
+
+    return prune
+
+
+def match_l1(deltas: Deltas, prune: Prune) -> Prune:
+    """Return ``prune`` followed by one factor per delta that restores its sum of magnitudes (what mergekit does).
+
+    The factors need a pass over the lines; a delta that is 0, or of which nothing is left, keeps the factor 1.
+    """
+    factors = []
+    for number in range(len(deltas)):
+        before = after = 0.0
+        for low, lines in zip(range(0, deltas.shape[0], block_lines(deltas)), blocks_of(deltas, number), strict=True):
+            before += float(lines.abs().sum(dtype=torch.float64))
+            after += float(prune(number, lines, low).abs().sum(dtype=torch.float64))
+        factors.append(before / after if before and after else 1.0)
+
+    def rescaled(number: int, lines: torch.Tensor, low: int) -> torch.Tensor:
+        return prune(number, lines, low).mul_(factors[number])
+
+    return rescaled
+
+
+def merge_pruned(deltas: Deltas, prune: Prune, election: Election, scale: float = 1.0) -> Streamed:
+    """Return the merge that prunes every delta, elects signs, sums what agrees and multiplies by ``scale``."""
+
+    def rule(lines: torch.Tensor, low: int) -> torch.Tensor:
+        for number, given in enumerate(lines):
+            pruned = prune(number, given, low)
+            if pruned is not given:
+                given.copy_(pruned)
+        merged = elect(lines, deltas.weights, election)
+        return merged if scale == 1 else merged.mul_(scale)
+
+    return stream(deltas, rule)
+
+
 def stream(deltas: Deltas, rule: Callable[[torch.Tensor, int], torch.Tensor]) -> Streamed:
     """Return the merge whose lines are ``rule(lines (N, C, I), first line) -> (C, I)``.
 
     Lines are always computed in the same blocks, so the result is the same to the bit however it is read. The rule
     may change the lines it is given.
     """
-    step, (out, width) = block_lines(deltas), deltas.shape
-
-    def block(low: int) -> torch.Tensor:
-        high = min(low + step, out)
-        lines = deltas.a[0].new_empty(len(deltas), high - low, width)
-        for a, b, to in zip(deltas.a, deltas.b, lines, strict=True):
-            torch.mm(b[low:high], a, out=to)
-        return rule(lines, low)
+    step, width = block_lines(deltas), deltas.shape[1]
 
     def rows(low: int, high: int) -> torch.Tensor:
         merged = deltas.a[0].new_empty(high - low, width)
         for start in range(low - low % step, high, step):
             begin, end = max(low, start), min(high, start + step)
-            merged[begin - low : end - low] = block(start)[begin - start : end - start]
+            merged[begin - low : end - low] = rule(_block(deltas, start), start)[begin - start : end - start]
         return merged
 
     return Streamed(rows, deltas.shape)
