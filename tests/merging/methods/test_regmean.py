@@ -1,0 +1,79 @@
+"""RegMean against the dense normal equations."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from compose.adapter import LowRank
+from compose.errors import IncompatibleError
+from compose.merging.deltas import Deltas
+from compose.merging.method import Context, make_method
+
+RANKS, WEIGHTS = (3, 5, 2), (1.0, -0.5, 2.0)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def deltas(ranks=RANKS, out=13, width=17, weights=WEIGHTS) -> Deltas:
+    given = [LowRank(draw(r, width, seed=n), draw(out, r, seed=9 + n), 0.5 + n) for n, r in enumerate(ranks)]
+    return Deltas.of(given, weights, names="abcdefgh"[: len(ranks)], target="lin", dtype=torch.float64)
+
+
+def weighted(given: Deltas) -> torch.Tensor:
+    """Return every ``w_n delta_n``, dense: ``(N, O, I)``."""
+    return given.weights[:, None, None] * given.rows(0, given.shape[0])
+
+
+def grams(examples=40, width=17) -> torch.Tensor:
+    inputs = draw(len(RANKS), examples, width, seed=4)
+    return inputs.mT @ inputs
+
+
+def merge(given: Deltas, statistics: torch.Tensor, **options) -> torch.Tensor:
+    return make_method("regmean", options).merge(given, Context(statistics={"input_gram": statistics})).dense()
+
+
+@pytest.mark.parametrize("rho", [0.95, 0.1, 1.0])
+def test_it_is_the_dense_formula(rho) -> None:
+    given, gram = deltas(), grams()
+    gram_rho = torch.where(torch.eye(17).bool(), gram, rho * gram)
+    expected = (weighted(given) @ gram_rho).sum(0) @ torch.linalg.inv(gram_rho.sum(0))
+    assert_close(merge(given, gram, rho=rho), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_the_outputs_are_fitted_at_rho_one() -> None:
+    """It is the least-squares solution: residuals are orthogonal to the inputs."""
+    given, inputs = deltas(), draw(len(RANKS), 40, 17, seed=4)
+    merged = merge(given, inputs.mT @ inputs, rho=1.0)
+    residual = inputs @ (merged - weighted(given)).mT
+    assert float((inputs.mT @ residual).sum(0).abs().max()) < 1e-9
+
+
+def test_a_singular_sum_has_the_solution_of_least_norm() -> None:
+    given = deltas()
+    few = grams(examples=4)
+    expected = (weighted(given) @ few).sum(0) @ torch.linalg.pinv(few.sum(0), rtol=1e-10, hermitian=True)
+    assert_close(merge(given, few, rho=1.0), expected, atol=1e-9, rtol=1e-9)
+    silent = grams()
+    silent[:, 3], silent[:, :, 3] = 0, 0
+    found = merge(given, silent)
+    assert bool(found.isfinite().all())
+    assert float(found[:, 3].abs().max()) < 1e-12
+    assert not merge(given, torch.zeros_like(silent)).any()
+
+
+def test_adapters_of_weight_zero_are_left_out_with_their_data() -> None:
+    two = deltas(ranks=(3, 5), weights=(1.0, -0.5))
+    found = merge(deltas(weights=(1.0, -0.5, 0.0)), grams())
+    assert_close(found, merge(two, grams()[:2]), atol=1e-10, rtol=1e-10)
+
+
+def test_missing_or_wrong_statistics_are_refused_by_name() -> None:
+    with pytest.raises(IncompatibleError, match=r"lin: regmean needs .*'input_gram'.*\(3, 17, 17\)"):
+        make_method("regmean", {}).merge(deltas(), Context())
+    with pytest.raises(IncompatibleError, match=r"shape \(2, 17, 17\)"):
+        merge(deltas(), grams()[:2])
+    with pytest.raises(IncompatibleError, match="not finite"):
+        merge(deltas(), grams() * float("nan"))
