@@ -18,6 +18,8 @@ from compose.formats.peft import adapter_files
 from compose.formats.publish import publish_folder
 from compose.merging.deltas import Factors, Streamed
 
+RECIPE = "merge.json"
+
 ROWS = 512
 """Lines of a delta computed at once when it is added to a weight."""
 
@@ -78,10 +80,17 @@ class Merged:
             raise IncompatibleError("the result is zero everywhere: the base model, there is no adapter to write")
         return Adapter(self.name, self.base, updates)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write a PEFT folder, with the recipe as ``merge.json``, and return it; see `adapter` for what can be."""
-        files = adapter_files(self.adapter) | {"merge.json": json.dumps(self.recipe, indent=2).encode()}
-        return publish_folder(files, Path(folder))
+        files = adapter_files(self.adapter) | {RECIPE: self._recipe_bytes()}
+        return publish_folder(files, Path(folder), overwrite=overwrite)
+
+    def write_recipe(self, folder: Path) -> None:
+        """Write ``merge.json`` beside a model that the merge went into."""
+        (folder / RECIPE).write_bytes(self._recipe_bytes())
+
+    def _recipe_bytes(self) -> bytes:
+        return json.dumps(dict(self.recipe), indent=2).encode()
 
     @property
     def relative_error(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ class PromptFormat:
         if unknown:
             raise ComposeError(f"{file}: unknown fields {unknown}; allowed: prompt_template, response_suffix")
         return cls(**fields)
+
+    def save(self, folder: Path) -> None:
+        """Write ``compose.json``, unless it would only repeat the default."""
+        if self != PromptFormat():
+            (folder / FORMAT_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def prompt(self, example: Example, tokenizer: Any) -> str:
         """Return the text before the response."""

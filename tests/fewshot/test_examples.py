@@ -75,3 +75,14 @@ def test_the_hash_sees_contents_and_order() -> None:
     assert examples_hash([one, two]) != examples_hash([two, one])
     assert examples_hash([one]) == examples_hash([Example("a", "b")])
     assert examples_hash([one]) != examples_hash([Example("a", "b", ("b", "c"))])
+
+
+def test_a_prompt_format_survives_its_file(tmp_path) -> None:
+    from compose.fewshot.encoding import PromptFormat
+
+    chosen = PromptFormat("Q: {input}\nA:", "\n")
+    chosen.save(tmp_path)
+    assert PromptFormat.of_folder(tmp_path) == chosen
+    (tmp_path / "other").mkdir()
+    PromptFormat().save(tmp_path / "other")
+    assert not list((tmp_path / "other").iterdir())

@@ -1,0 +1,112 @@
+"""``compose merge``: expressions, weights, plans, adapters and whole models, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from compose.cli.main import build_app
+from compose.cli.merge import read_option, read_weights
+from compose.errors import ComposeError
+from compose.formats.peft import read_adapter
+from compose.merging.method import METHODS
+
+
+def merge(*arguments: object):
+    return CliRunner().invoke(build_app(), ["merge", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def delta(workspace, weights: dict[str, float], target: str) -> torch.Tensor:
+    return sum(w * read_adapter(workspace.bank / name).targets[target].delta() for name, w in weights.items())
+
+
+def test_an_expression_makes_an_adapter(workspace, tmp_path) -> None:
+    out = tmp_path / "merged"
+    result = merge("--bank", workspace.bank, "0.6*alpha - 0.3*beta", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    found = read_adapter(out)
+    for target, update in found.targets.items():
+        torch.testing.assert_close(update.delta(), delta(workspace, {"alpha": 0.6, "beta": -0.3}, target))
+    assert json.loads((out / "merge.json").read_text())["method"] == "sum"
+
+
+def test_weights_patterns_rank_and_json(workspace, tmp_path) -> None:
+    result = merge(
+        "--bank", workspace.bank, "--weight", "alpha=0.5", "--weight", "alpha:*.v_proj=2", "--weight", "beta=1",
+        "--rank", 3, "--out", tmp_path / "m", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["rank"] == 3
+    assert 0 < facts["lost by recompression"] < 1
+    target = "model.layers.0.self_attn.v_proj"
+    u, s, v = torch.linalg.svd(delta(workspace, {"alpha": 2.0, "beta": 1.0}, target), full_matrices=False)
+    best = u[:, :3] * s[:3] @ v[:3]
+    torch.testing.assert_close(read_adapter(tmp_path / "m").targets[target].delta(), best, atol=1e-4, rtol=1e-4)
+
+
+def test_a_whole_model_is_written_with_the_merge_in_its_weights(workspace, tmp_path) -> None:
+    out = tmp_path / "model"
+    result = merge("--bank", workspace.bank, "--weight", "alpha=0.5", "--into-base", workspace.base, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    before = AutoModelForCausalLM.from_pretrained(workspace.base).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    targets = read_adapter(workspace.bank / "alpha").targets
+    assert changed == {f"{target}.weight" for target in targets}
+    for target in targets:
+        expected = before[f"{target}.weight"] + delta(workspace, {"alpha": 0.5}, target)
+        torch.testing.assert_close(after[f"{target}.weight"], expected)
+    assert (out / "tokenizer.json").exists()
+    assert json.loads((out / "merge.json").read_text())["parents"][0]["name"] == "alpha"
+    assert not out.with_name("model.partial").exists()
+
+
+def test_list_names_every_method_with_its_options() -> None:
+    listed = json.loads(merge("--list", "--json").stdout)
+    assert list(listed) == list(METHODS)
+    shown = merge("--list").stdout
+    assert "sum" in shown
+
+
+def test_a_dry_run_plans_and_writes_nothing(workspace, tmp_path) -> None:
+    result = merge("--bank", workspace.bank, "--dry-run", "--json", "--out", tmp_path / "m")
+    facts = json.loads(result.stdout)
+    total = sum(
+        read_adapter(folder).targets["model.layers.0.self_attn.q_proj"].rank for folder in workspace.bank.iterdir()
+    )
+    assert facts["rank"] == f"{total} to {total}"
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x"], "--bank DIR"),
+        (["--bank", "BANK"], "--out DIR"),
+        (["--bank", "BANK", "--out", "OUT", "--weight", "alpha"], "cannot read --weight"),
+        (["--bank", "BANK", "--out", "OUT", "alpha", "--weight", "beta=1"], "exclude each other"),
+        (["--bank", "BANK", "--out", "OUT", "--weight", "gamma9=1"], "no adapter 'gamma9'"),
+        (["--bank", "BANK", "--out", "OUT", "--method", "summ"], "did you mean 'sum'"),
+        (["--bank", "BANK", "--out", "OUT", "--set", "scale=2"], "no option 'scale'"),
+        (["--bank", "BANK", "--out", "BASE"], "exists"),
+    ],
+)
+def test_wrong_usage_is_told_and_changes_nothing(workspace, tmp_path, arguments, message) -> None:
+    places = {"BANK": workspace.bank, "OUT": tmp_path / "out", "BASE": workspace.base}
+    result = merge(*(places.get(word, word) for word in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_and_weights_are_read_as_written() -> None:
+    assert [read_option(text) for text in ("a=1", "b=0.5", "c=true", "d=none", "e=peft")] == [
+        ("a", 1), ("b", 0.5), ("c", True), ("d", None), ("e", "peft"),
+    ]  # fmt: skip
+    assert read_weights(None, []) is None
+    assert read_weights(None, ["a=1", "a:*.q=-2"]) == {"a": {"*": 1.0, "*.q": -2.0}}
+    with pytest.raises(ComposeError, match="twice"):
+        read_weights(None, ["a=1", "a=2"])
