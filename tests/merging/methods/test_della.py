@@ -83,6 +83,18 @@ def test_densities_zero_and_one_drop_everything_and_nothing(semantics) -> None:
     assert merged(given, density=0.0, semantics=semantics).abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_equal_magnitudes_the_first_ranks_lower(dtype) -> None:
+    """Lines of ones: the probability grows from the first column to the last."""
+    given = Deltas.of([LowRank(torch.ones(1, 31), torch.ones(23, 1), 1.0)], [1.0], dtype=dtype)
+    runs = torch.stack([merged(given, seed, density=0.5, epsilon=0.5 - 1e-6, rescale="none") for seed in range(100)])
+    assert_close(runs.double().mean(dim=(0, 1)), torch.linspace(0, 1, 31, dtype=torch.float64), atol=0.06, rtol=0)
+
+
+def test_single_and_double_precision_keep_the_same_entries() -> None:
+    assert_close(merged(deltas(torch.float32)).double(), merged(deltas()), atol=1e-4, rtol=1e-4)
+
+
 def test_a_line_of_one_entry_is_kept_with_the_density() -> None:
     given = deltas(width=1, weights=(1.0,))
     runs = torch.stack([merged(given, seed, density=0.5, epsilon=0.4) for seed in range(200)])
