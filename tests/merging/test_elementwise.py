@@ -23,6 +23,7 @@ from compose.merging.elementwise import (
     stream,
     trim,
 )
+from compose.merging.method import Context, make_method
 from compose.merging.random_masks import Words, drop_at_random, highest_word
 
 GOLDEN = [[1696409714, 1809297015, -2142162244], [240479108, -1345114325, 1538951990]]  # written files depend on it
@@ -226,6 +227,18 @@ def test_words_do_not_depend_on_how_lines_are_cut_and_never_change() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_words_are_the_same_on_a_gpu() -> None:
     assert torch.equal(Words(0, "math", "up", 512, "cuda").lines(0, 512).cpu(), words())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["ties", "magnitude", "dare", "dare_ties", "della", "breadcrumbs", "sce"])
+def test_methods_agree_on_a_gpu(name) -> None:
+    here = deltas(300, 500, dtype=torch.float64)
+    there = Deltas(
+        tuple(a.cuda() for a in here.a), tuple(b.cuda() for b in here.b), here.weights, here.names, here.target
+    )
+    expected, found = (make_method(name, {}).merge(given, Context()).dense() for given in (here, there))
+    assert found.device.type == "cuda"
+    assert_close(found.cpu(), expected, atol=1e-9, rtol=1e-9)
 
 
 def test_a_probability_becomes_the_share_of_words() -> None:
