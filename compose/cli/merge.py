@@ -112,16 +112,15 @@ def merge(  # noqa: PLR0913 - one parameter per option
     opened = Bank.open(list(bank))
     given = read_weights(expression, weight or [])
     chosen = dict(read_option(text) for text in options or []) | ({} if density is None else {"density": density})
-    if dry_run:
+    if out is None or dry_run:
         show_plan(opened, method, given, rank, json)
         return
-    name = out.name if out is not None else "merged"
     merged = run(
         opened, method, given, space=space, rank=rank, energy=energy, device=checked_device(device), seed=seed,
-        name=name, **chosen,
+        **chosen,
     )  # fmt: skip
-    write(merged, out or Path(name), into_base, force=force)
-    show_result(merged, out or Path(name), into_base, json)
+    write(merged, out, into_base, force=force)
+    show_result(merged, out, into_base, json)
 
 
 def read_weights(expression: str | None, pairs: Sequence[str]) -> dict[str, Weight] | None:
@@ -263,7 +262,7 @@ def show_result(merged: Merged, out: Path, into_base: str | None, json: bool) ->
     if worst is not None and worst[1].error > 0.0:
         note(f"most is lost at {worst[0]}: {100 * worst[1].error:.1f} %")
     if not into_base:
-        say(f"use it: compose generate --base MODEL --bank {out} --adapter {merged.name} --prompt TEXT")
+        say(f"use it: compose generate --base MODEL --bank {out} --adapter {out.name} --prompt TEXT")
 
 
 COMMANDS.register("merge")(

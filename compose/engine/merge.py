@@ -12,6 +12,7 @@ from compose.adapter import Adapter, LowRank
 from compose.bank import Bank
 from compose.engine.merge_weights import Weight, parse_expression, resolve_weights
 from compose.engine.merged import Merged, MergedTarget
+from compose.engine.statistics import Statistics
 from compose.errors import IncompatibleError
 from compose.merging.deltas import Deltas, Factors, Streamed, compact, compact_dense
 from compose.merging.method import METHODS, Context, Method, Space, make_method
@@ -27,7 +28,7 @@ def merge(
     energy: float | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
-    name: str = "merged",
+    statistics: Statistics | None = None,
     **options: Any,
 ) -> Merged:
     """Merge adapters into one, on their deltas ``scaling * B A``.
@@ -46,7 +47,8 @@ def merge(
         energy: Recompress to the fewest singular values that hold this share of the squared norm.
         device: Where to compute.
         seed: Of random methods.
-        name: Of the new adapter.
+        statistics: For methods that need data: target -> name -> tensor per adapter of the bank, all of them
+            (`compose.engine.statistics.InputGrams`).
         **options: The method's own.
 
     Raises:
@@ -70,7 +72,8 @@ def merge(
     for target in bank.targets:
         deltas = target_deltas(adapters, target, per_target[target], torch.device(device))
         if deltas is not None:
-            targets[target] = _merge_target(built, deltas, Context(seed), rank, energy).to(dtype)
+            context = Context(seed, _of_chosen(statistics, target, bank, chosen))
+            targets[target] = _merge_target(built, deltas, context, rank, energy).to(dtype)
     lineage = [
         {"name": one.name, "sha256": one.sha256, "weight": _said(per_target, number)}
         for number, one in enumerate(adapters)
@@ -79,7 +82,7 @@ def merge(
         "method": method_in(method, space), "options": asdict(built), "rank": rank, "energy": energy, "seed": seed,  # type: ignore[call-overload]
         "parents": lineage,
     }  # fmt: skip
-    return Merged(name, bank.base, targets, recipe)
+    return Merged(bank.base, targets, recipe)
 
 
 def method_in(method: str, space: Space) -> str:
@@ -113,6 +116,16 @@ def target_deltas(
     dtype = torch.float64 if double else torch.float32
     names = [adapter.name for adapter in adapters]
     return Deltas.of(updates, weights, names=names, target=target, dtype=dtype, device=device)
+
+
+def _of_chosen(
+    statistics: Statistics | None, target: str, bank: Bank, chosen: Sequence[str]
+) -> dict[str, torch.Tensor] | None:
+    """One target's statistics of the adapters that take part."""
+    if statistics is None or target not in statistics:
+        return None
+    places = [bank.index(name) for name in chosen]
+    return {key: values[places] for key, values in statistics[target].items()}
 
 
 def _merge_target(

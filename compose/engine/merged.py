@@ -43,13 +43,11 @@ class Merged:
     """A merge of adapters.
 
     Attributes:
-        name: Of the adapter it makes.
         base: Of the adapters.
         targets: Target -> merged delta.
         recipe: Method, options, seed and parents (names, hashes, weights), for the adapter's configuration.
     """
 
-    name: str
     base: str
     targets: Mapping[str, MergedTarget]
     recipe: Mapping[str, Any]
@@ -78,7 +76,7 @@ class Merged:
         }
         if not updates:
             raise IncompatibleError("the result is zero everywhere: the base model, there is no adapter to write")
-        return Adapter(self.name, self.base, updates)
+        return Adapter("merged", self.base, updates)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write a PEFT folder, with the recipe as ``merge.json``, and return it; see `adapter` for what can be."""

@@ -14,6 +14,7 @@ import torch
 
 from compose.adapter import LowRank
 from compose.errors import IncompatibleError
+from compose.merging.deltas import Factors, compact
 
 
 def concatenate(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
@@ -61,14 +62,5 @@ def recompress(update: LowRank, rank: int) -> Recompressed:
     """
     if rank < 1:
         raise IncompatibleError(f"rank must be at least 1, got {rank}")
-    q_b, r_b = torch.linalg.qr(update.b.double() * update.scaling)
-    q_a, r_a = torch.linalg.qr(update.a.double().T)
-    u, singular, v_t = torch.linalg.svd(r_b @ r_a.T)
-    kept = min(rank, len(singular))
-    root = singular[:kept].sqrt()
-    b = q_b @ (u[:, :kept] * root)
-    a = (root[:, None] * v_t[:kept]) @ q_a.T
-    total = float(singular.square().sum())
-    lost = float(singular[kept:].square().sum())
-    error = math.sqrt(lost / total) if total else 0.0
+    (a, b), error = compact(Factors(update.a.double(), update.b.double() * update.scaling), rank)
     return Recompressed(LowRank(a.to(update.a.dtype), b.to(update.b.dtype), 1.0, update.kind), error)

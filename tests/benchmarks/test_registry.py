@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from compose.engine.layers import ComposedLinear
+from compose.merging.deltas import Deltas, Factors
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = sorted(path.stem for path in (BENCHMARKS / "cases").glob("[a-z]*.py"))
@@ -68,15 +69,19 @@ def test_a_case_runs_in_its_quick_form(bench: SimpleNamespace, quick, name: str)
 def test_a_perturbed_output_turns_the_gate_red(
     bench: SimpleNamespace, quick, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = ComposedLinear.forward
+    forward, combine = ComposedLinear.forward, Deltas.combine
 
     def perturbed(self: ComposedLinear, x: torch.Tensor) -> torch.Tensor:
         return forward(self, x) * 1.1
+
+    def perturbed_merge(self: Deltas, coefficients: torch.Tensor) -> Factors:
+        return combine(self, 1.1 * coefficients)
 
     points = bench.cases[name].points(quick)
     point = next(points)
     point.gate()
     monkeypatch.setattr(ComposedLinear, "forward", perturbed)
+    monkeypatch.setattr(Deltas, "combine", perturbed_merge)
     record = bench.run.run_point(point)
     assert record["status"] == "failed"
     assert record["reason"].startswith("gate is red")
