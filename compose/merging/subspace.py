@@ -7,12 +7,15 @@ Nothing here forms an ``(O, I)`` matrix.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from compose.merging.deltas import Deltas
-from compose.merging.elementwise import Election, elect, find_thresholds, trim
+from compose.merging.elementwise import Election, elect, largest, trim
+
+SAMPLES = 1 << 12  # entries that guess the threshold of one matrix
 
 
 class Frame(NamedTuple):
@@ -175,5 +178,21 @@ def ties(stack: torch.Tensor, density: float, election: Election) -> torch.Tenso
         density: Fraction kept, in [0, 1].
         election: The rule.
     """
-    kept = stack if density == 1 else trim(stack, find_thresholds(stack, density))
-    return disjoint(kept, election)
+    return disjoint(keep_largest(stack, density), election)
+
+
+def keep_largest(stack: torch.Tensor, density: float) -> torch.Tensor:
+    """Return ``stack (N, K, L)`` with all but the ``int(density * K * L)`` largest entries of each matrix set to 0.
+
+    Of ties the first in row-major order are kept. A sample guesses where the threshold lies; it decides speed alone.
+    """
+    if density == 1:
+        return stack
+    numel = stack[0].numel()
+    step = numel // SAMPLES
+    thresholds = []
+    for matrix in stack:
+        magnitudes = matrix.abs()
+        sample = magnitudes.flatten()[:: step | 1] if step > 4 else None
+        thresholds.append(largest(partial(iter, [magnitudes]), sample, numel, int(density * numel)))
+    return trim(stack, thresholds)

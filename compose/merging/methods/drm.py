@@ -8,9 +8,9 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from compose.merging.deltas import Deltas, Factors
-from compose.merging.elementwise import Denominator, Elect, Election, check_density, find_thresholds, trim
+from compose.merging.elementwise import Denominator, Elect, Election, check_density
 from compose.merging.method import METHODS, Context, Contract
-from compose.merging.subspace import Knots, disjoint, fold, knots, negligible
+from compose.merging.subspace import Knots, disjoint, fold, keep_largest, knots, negligible
 
 Stack = Literal["horizontal", "vertical"]
 
@@ -78,7 +78,5 @@ class DRM:
         lengths = shared.coordinates.norm(dim=2, keepdim=True)
         present = lengths > negligible(lengths.dtype) * shared.values[0]
         rows = torch.where(present, shared.coordinates / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0)
-        together = rows.flatten(0, 1)[None]
-        if self.density < 1:
-            rows = trim(together, find_thresholds(together, self.density)).view_as(rows)
+        rows = keep_largest(rows.flatten(0, 1)[None], self.density).view_as(rows)
         return disjoint(rows * lengths, Election(self.elect, self.denominator))

@@ -20,7 +20,8 @@ class OPCM:
     With ``U S V^T`` the SVD of what is merged so far, ``P = U^T delta_t V`` loses its diagonal and its leading block
     of ``j`` by ``j`` (the index of the first singular value at which the sum of ``S`` passes ``alpha`` of the
     whole), and ``merged_t = (l_{t-1} merged_{t-1} + cleaned) / l_t`` with ``l_t`` such that the norm of the merge is
-    the mean norm of the updates seen. A weight multiplies its update first; updates that are zero are left out.
+    the mean norm of the updates seen. As cleaning does not depend on the size of the merge, ``l_t`` matters in the
+    last step only. A weight multiplies its update first; updates that are zero are left out.
 
     Two differences from the official code: ``l_t`` is per target and not one number per model, as merging works on
     one target at a time; and the diagonal ends with the support of the merge, beyond which singular vectors, and so
@@ -50,14 +51,13 @@ class OPCM:
         core = frame(folded)
         updates = core.matrices()
         norms = updates.flatten(1).norm(dim=1)
-        merged, factor = updates[0], 1.0
-        span = folded.ranks[0]
-        for t in range(1, len(folded)):
-            grown = factor * merged + self._clean(updates[t], merged, span)
-            reached, wanted = float(grown.norm()), float(norms[: t + 1].mean())
-            factor = reached / wanted if wanted else 1.0
-            merged = grown / factor if factor else grown
-            span += folded.ranks[t]
+        merged, span = updates[0], folded.ranks[0]
+        for update, rank in zip(updates[1:], folded.ranks[1:], strict=True):
+            merged = merged + self._clean(update, merged, span)
+            span += rank
+        size = merged.norm()
+        if size > 0:
+            merged = merged * (norms.mean() / size)
         return Core(core.left, core.right, updates).lift(merged)
 
     def _clean(self, update: torch.Tensor, merged: torch.Tensor, span: int) -> torch.Tensor:

@@ -22,8 +22,9 @@ class RegMean:
     the diagonal times ``rho``. The result is exact in factors: ``B = [w_1 B_1 ..]``, ``A = [A_n G_n](sum G)^-1``. A
     weight multiplies its update first and does not weigh its data; adapters of weight 0 are left out with their data.
 
-    The system is solved by Cholesky. Where the sum is singular (inputs that are always 0, or fewer examples than
-    inputs at ``rho=1``) its pseudo-inverse is taken: directions no adapter has data for stay unchanged.
+    The system is solved in float64 by Cholesky, inputs scaled to unit energy so that outlier features do no harm.
+    Where it is singular (fewer examples than inputs at ``rho=1``) the solution of least norm in scaled inputs is
+    taken; the update of inputs that are always 0 is 0.
 
     Needs ``context.statistics["input_gram"]``, ``(N, I, I)`` in the order of the updates.
 
@@ -51,15 +52,15 @@ class RegMean:
         used = [n for n, weight in enumerate(deltas.weights.tolist()) if weight != 0]
         if not used:
             return deltas.combine(())
-        total = deltas.a[0].new_zeros(grams.shape[1:])
+        total = torch.zeros(grams.shape[1:], dtype=torch.float64, device=deltas.device)
         seen = []
         for n in used:
-            gram = grams[n].to(deltas.device, deltas.dtype)
+            gram = grams[n].to(deltas.device, torch.float64)
             gram = self.rho * gram + (1 - self.rho) * torch.diag(gram.diagonal())
             total += gram
-            seen.append(deltas.a[n] @ gram)
+            seen.append(deltas.a[n].double() @ gram)
         b = torch.cat([deltas.b[n] * float(deltas.weights[n]) for n in used], dim=1)
-        return Factors(_solve(total, torch.cat(seen).T).T, b)
+        return Factors(_solve(total, torch.cat(seen).T).T.to(deltas.dtype), b)
 
 
 def _input_grams(deltas: Deltas, context: Context) -> torch.Tensor:
@@ -78,12 +79,16 @@ def _input_grams(deltas: Deltas, context: Context) -> torch.Tensor:
 
 
 def _solve(total: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return ``total^+ @ right`` for a symmetric ``total (I, I)`` without negative eigenvalues, ``right (I, R)``."""
+    """Return ``total^-1 @ right`` for ``total (I, I)``, a sum of Gram matrices, and ``right (I, R)``."""
+    energy = total.diagonal()
+    silent = energy <= 0
+    scale = energy.masked_fill(silent, 1).rsqrt()[:, None]
+    total = total * scale * scale.T + torch.diag(silent.to(total.dtype))
+    right = right * scale
     triangle, failed = torch.linalg.cholesky_ex(total)
-    diagonal = triangle.diagonal()
-    if not int(failed) and float(diagonal.min() / diagonal.max()) ** 2 > negligible(total.dtype):
-        return torch.cholesky_solve(right, triangle)
+    if not int(failed) and float(triangle.diagonal().min()) ** 2 > negligible(total.dtype):
+        return torch.cholesky_solve(right, triangle) * scale
     values, vectors = torch.linalg.eigh(total)
-    kept = values > negligible(total.dtype) * values[-1].clamp(min=0)
+    kept = values > negligible(total.dtype) * values[-1]
     vectors = vectors[:, kept]
-    return vectors @ ((vectors.T @ right) / values[kept][:, None])
+    return vectors @ ((vectors.T @ right) / values[kept][:, None]) * scale

@@ -63,6 +63,9 @@ def test_hooi_stops_where_it_gains_nothing() -> None:
     held = [(u.T @ stack @ v).square().sum() for u, v in (hooi(stack, 3, sweeps, 0.0) for sweeps in (1, 2, 5, 200))]
     assert held == sorted(held)
     u, v = hooi(stack, 3, 10_000, 1e-12)
+    assert held[-1] > held[0]
+    energies = (u.T @ stack @ v).square().sum(dim=(0, 1))
+    assert bool((energies.diff() <= 0).all())
     again = (stack @ v).transpose(0, 1).flatten(1)
     best = torch.linalg.svd(again, full_matrices=False)[0][:, :3]
     assert_close(u @ u.T, best @ best.T, atol=1e-4, rtol=1e-4)

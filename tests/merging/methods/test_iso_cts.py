@@ -60,3 +60,14 @@ def test_more_adapters_than_directions() -> None:
     given = deltas(ranks=(1,) * 8, out=5, weights=(1.0,) * 8)
     merged = make_method("iso_cts", {"common": 0.0}).merge(given, Context()).dense()
     assert_close(merged, make_method("iso", {}).merge(given, Context()).dense(), atol=1e-10, rtol=1e-10)
+
+
+def test_an_adapter_inside_the_common_space_adds_no_direction() -> None:
+    """Its remainder is rounding, whose singular vectors are arbitrary."""
+    b, a = torch.linalg.qr(draw(13, 4)).Q, torch.linalg.qr(draw(17, 4)).Q.T
+    s = torch.tensor([8.0, 4.0, 2.0, 1.0]).double()
+    loud, quiet = LowRank(a[:2], b[:, :2] * s[:2], 1.0), LowRank(a[2:], b[:, 2:] * s[2:], 1.0)
+    given = Deltas.of([loud, quiet], (1.0, 1.0), dtype=torch.float64)
+    merged = make_method("iso_cts", {"common": 0.5}).merge(given, Context())
+    assert merged.a.shape[0] == 3
+    assert_close(merged.dense(), 14 / 3 * b[:, :3] @ a[:3], atol=1e-10, rtol=1e-10)
