@@ -46,6 +46,9 @@ def test_norms_and_cosines_of_many_grams_at_once() -> None:
     unit = vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-30)
     found = cosines(gram)
     assert_close(found, unit @ unit.mT)
+    along = torch.rand(60, 1, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * vectors[0, 0]
+    assert float((along @ along.T / (along.norm(dim=1)[:, None] * along.norm(dim=1))).max()) > 1.0
+    assert float(cosines(along @ along.T).max()) == 1.0
     assert not found[1, 2].any()
     assert not found[1, :, 2].any()
 

@@ -11,7 +11,7 @@ from compose.merging.deltas import Deltas, Factors
 from compose.merging.gram import cosines, length, norms, shares
 from compose.merging.method import METHODS, Context, Contract
 
-FLAT = 1e-6  # sines below this: the point itself (log map 0 / 0) or its antipode (no direction)
+FLAT = 1e-6  # sines below this: at the point itself theta / sin(theta) is 1, at its antipode there is no direction
 
 
 @METHODS.register("karcher")
@@ -66,7 +66,7 @@ class Karcher:
         for _ in range(self.max_iter):
             cosine = (angles @ point).clamp(-1.0, 1.0)
             sine = (1 - cosine.square()).sqrt()
-            stretch = torch.where(sine > FLAT, cosine.acos() / sine.clamp(min=FLAT), (cosine > 0).double())
+            stretch = torch.where(sine > FLAT, cosine.acos() / sine.clamp(min=FLAT), 1.0)
             pull = share * stretch
             step = pull - (pull @ cosine) * point
             size = max(float(step @ angles @ step), 0.0) ** 0.5
@@ -74,5 +74,4 @@ class Karcher:
                 break
             step_size = torch.tensor(size, dtype=torch.float64)
             point = step_size.cos() * point + step_size.sin() / size * step
-            point = point / length(angles, point)
         return point

@@ -50,6 +50,14 @@ def test_every_step_is_the_dense_step(steps) -> None:
     assert_close(found, textbook(updates(), share, steps), atol=1e-10, rtol=1e-10)
 
 
+def test_a_delta_of_zero_leaves_direction_and_steps_to_the_others() -> None:
+    one, two, three = updates()
+    nothing = LowRank(three.a, 0 * three.b, 1.0)
+    found = merged([one, two, nothing], (3.0, 2.0, 5.0), max_iter=1, tol=0.0)
+    share = torch.tensor([0.6, 0.4], dtype=torch.float64)
+    assert_close(found, 0.5 * textbook([one, two], share, 1), atol=1e-10, rtol=1e-10)
+
+
 def test_at_the_mean_the_logs_cancel() -> None:
     """The projected mean (multislerp) does not have this property."""
     share = torch.tensor([0.6, 0.1, 0.3], dtype=torch.float64)

@@ -151,7 +151,25 @@ def test_zero_deltas_and_equal_adapters_are_defined() -> None:
     # Equal units fall together: the centroid is the unit, and 6 units in 3 clusters give the root of 2.
     twice = merged([first, first], names="ab").dense()
     assert_close(twice, math.sqrt(2) * first.delta(), atol=1e-10, rtol=1e-10)
-    assert_close(merged([first, first], names="ab", rank=5).dense(), twice, atol=1e-9, rtol=1e-9)
+    gauge = draw(3, 3, seed=80)
+    same = LowRank(torch.linalg.inv(gauge) @ first.a, first.b @ gauge, first.scaling)
+    for seed in range(5):
+        found = merged([first, same], names="ab", seed=seed, rank=5)
+        assert found.a.shape == (3, 14)
+        assert_close(found.dense(), twice, atol=1e-9, rtol=1e-9)
+
+
+def test_units_as_given_count_once_with_their_negative_and_not_at_all_if_zero() -> None:
+    first = updates()[0]
+    negative = LowRank(-first.a, -first.b, first.scaling)
+    nothing = LowRank(draw(4, 14, seed=81), torch.zeros(11, 4, dtype=torch.float64), 1.0)
+    for seed in range(5):
+        for rank in (3, 5):
+            found = merged([first, negative], names="ab", seed=seed, rank=rank, gauge="given")
+            assert found.a.shape == (3, 14)
+            assert_close(found.dense(), math.sqrt(2) * first.delta(), atol=1e-10, rtol=1e-10)
+    found = merged([first, nothing], gauge="given").dense()
+    assert_close(found, first.delta(), atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"output_scale": "sqrt"}, {"gauge": "svd"}])

@@ -66,6 +66,15 @@ def test_lines_without_an_angle_are_interpolated_straight(options) -> None:
     assert_close(merged([nothing, FIRST], **options).dense(), 0.25 * FIRST.delta())
 
 
+def test_small_angles_are_still_angles() -> None:
+    """Unlike slerp, which goes straight above a cosine of 0.9995."""
+    near = LowRank(torch.cat([FIRST.a, SECOND.a]), torch.cat([FIRST.b, 1e-3 * SECOND.b], dim=1), 0.5)
+    expected = textbook(FIRST.delta().flatten(), near.delta().flatten(), 0.25).view(11, 14)
+    straight = 0.75 * FIRST.delta() + 0.25 * near.delta()
+    assert (expected - straight).norm() > 1e-8
+    assert_close(merged([FIRST, near]).dense(), expected, atol=1e-10, rtol=1e-10)
+
+
 def test_one_row_of_zeros_leaves_the_others_alone() -> None:
     b = FIRST.b.clone()
     b[4] = 0.0

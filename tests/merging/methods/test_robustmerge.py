@@ -107,6 +107,14 @@ def test_a_row_emptied_by_pruning_takes_the_largest_strength_and_nothing_is_nan(
     assert not found.a[1].any()
     # One adapter: S cancels in the average, whatever it is.
     assert_close(found.b, keep_largest(b, 3))
+    # Two: the other's row 1 has S = 1; the emptied row counts like row 2 (201 / 51), the largest S of its adapter.
+    other = torch.ones(3, 4, dtype=torch.float64) * torch.tensor([[0.1], [9.0], [0.2]], dtype=torch.float64)
+    found = merged(
+        [LowRank(a, b, 1.0), LowRank(other, 2 * b, 1.0)], density=5 / 12, att_ratio=1.0, scale=1.0, gauge="given"
+    )
+    strongest = (3 * 50.0 + 51.0) / 51.0
+    assert_close(found.a[1], torch.full((4,), 9.0, dtype=torch.float64))
+    assert_close(found.b[:, 1], (strongest * keep_largest(b, 3) + 2 * keep_largest(b, 3))[:, 1] / (strongest + 1))
 
 
 def test_zero_deltas_are_defined() -> None:
