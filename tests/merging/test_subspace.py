@@ -11,7 +11,7 @@ from compose.errors import IncompatibleError
 from compose.merging.deltas import Core, Deltas
 from compose.merging.elementwise import Election
 from compose.merging.method import METHODS, Context, make_method
-from compose.merging.subspace import disjoint, fold, frame, knots, negligible, procrustes, ties, triplets
+from compose.merging.subspace import disjoint, fold, frame, keep_largest, knots, negligible, procrustes, ties, triplets
 
 OUT, IN, RANKS = 13, 17, (3, 5, 2)
 WEIGHTS = (1.0, -0.5, 2.0)
@@ -152,6 +152,17 @@ def test_ties_keeps_exactly_the_largest() -> None:
     kept = ties(one, 0.3, ELECTION)
     assert int(kept.count_nonzero()) == int(0.3 * 42)
     assert float(kept[kept != 0].abs().min()) >= float(one[0][kept == 0].abs().max())
+
+
+def test_a_large_stack_keeps_exactly_the_largest_whatever_the_sample_says() -> None:
+    """Large enough for the threshold to be guessed; the second matrix hides its large entries from a strided guess."""
+    stack = draw(2, 128, 300)
+    stack[1, :, ::2] *= 100
+    for density in (0.01, 0.3, 0.999):
+        count = int(density * 128 * 300)
+        for matrix, kept in zip(stack, keep_largest(stack, density), strict=True):
+            least = matrix.abs().flatten().sort(descending=True).values[count - 1]
+            assert_close(kept, torch.where(matrix.abs() >= least, matrix, 0), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in SUBSPACE if name != "opcm"])
