@@ -55,10 +55,12 @@ class RegMean:
         total = torch.zeros(grams.shape[1:], dtype=torch.float64, device=deltas.device)
         seen = []
         for n in used:
-            gram = grams[n].to(deltas.device, torch.float64)
-            gram = self.rho * gram + (1 - self.rho) * torch.diag(gram.diagonal())
+            gram, a = grams[n].to(deltas.device, torch.float64), deltas.a[n].double()
             total += gram
-            seen.append(deltas.a[n].double() @ gram)
+            seen.append(self.rho * (a @ gram) + (1 - self.rho) * a * gram.diagonal())
+        energy = total.diagonal().clone()
+        total *= self.rho
+        total.diagonal().copy_(energy)
         b = torch.cat([deltas.b[n] * float(deltas.weights[n]) for n in used], dim=1)
         return Factors(_solve(total, torch.cat(seen).T).T.to(deltas.dtype), b)
 
