@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 
+from compose.errors import IncompatibleError
 from compose.merging.deltas import Deltas, Streamed
 
 Elect = Literal["weighted", "raw", "count", "none"]
@@ -168,6 +169,9 @@ def largest(
         sample: Numbers distributed about alike, in any order; None collects everything.
         numel: How many numbers there are.
         count: How many to keep.
+
+    Raises:
+        IncompatibleError: Some are not numbers (NaN), so that fewer than ``count`` can be ranked.
     """
     if count == 0:
         return Threshold(float("inf"))
@@ -180,6 +184,8 @@ def largest(
         if needed <= 0:
             low, high = high, float("inf")
         elif needed > len(inside):
+            if low == 0:
+                raise IncompatibleError("a delta is not finite: the product of its factors overflows")
             low, high = 0.0, low
         else:
             break

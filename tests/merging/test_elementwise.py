@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from compose.adapter import LowRank
+from compose.errors import IncompatibleError
 from compose.merging import elementwise
 from compose.merging.deltas import Deltas
 from compose.merging.elementwise import (
@@ -20,7 +21,6 @@ from compose.merging.elementwise import (
     line_blocks,
     match_l1,
     merge_pruned,
-    stream,
     trim,
 )
 from compose.merging.method import Context, make_method
@@ -142,10 +142,9 @@ def test_streamed_ties_are_broken_by_place() -> None:
     """Integer factors: a handful of magnitudes shared by 160 000 entries."""
     a, b = normal(2, 400).round(), normal(400, 2, seed=1).round()
     given = Deltas.of([LowRank(a, b, 1.0)], [1.0])
-    count = 31234
-    threshold = delta_thresholds(given, count)[0]
-    assert threshold.last is not None
-    kept = stream(given, lambda lines, low: trim(lines, [threshold], low * 400)[0]).dense()
+    count = int(0.195 * 160000)
+    assert delta_thresholds(given, count)[0].last is not None
+    kept = merge_pruned(given, keep_largest(given, 0.195), Election("none", "none")).dense()
     assert int(kept.count_nonzero()) == count
     assert_close(kept, keep_by_sorting((b @ a).float(), count), atol=0, rtol=0)
 
@@ -156,6 +155,20 @@ def test_a_wrong_guess_costs_a_pass_but_not_the_result(sample, count) -> None:
     numbers = normal(1000, 1).abs()
     ordered = numbers.flatten().sort(descending=True).values
     assert largest(lambda: numbers.split(64), sample, 1000, count) == Threshold(float(ordered[count - 1]))
+
+
+@pytest.mark.parametrize("bracket", [(0, 0), (499, 499), (490, 499), (500, 510), (501, 2000), (5000, 6000)], ids=str)
+def test_a_bracket_anywhere_leads_to_the_same_threshold(bracket, monkeypatch) -> None:
+    """The 500 largest of 0 .. 999 end at 500, for which brackets end too early, too late and just beside it."""
+    monkeypatch.setattr(elementwise, "_bracket", lambda sample, share: bracket)
+    numbers = torch.arange(1000.0)[torch.randperm(1000, generator=torch.Generator().manual_seed(1))]
+    assert largest(lambda: numbers.split(64), None, 1000, 500) == Threshold(500.0)
+
+
+def test_a_product_that_overflows_is_refused() -> None:
+    huge = LowRank(torch.full((2, 3), 3e38), torch.tensor([[3e38, -3e38]] * 2), 1.0)
+    with pytest.raises(IncompatibleError, match="not finite: the product of its factors overflows"):
+        delta_thresholds(Deltas.of([huge], [1.0]), 3)
 
 
 def test_results_do_not_depend_on_how_lines_are_read() -> None:
