@@ -115,7 +115,7 @@ class Deltas:
         named = tuple(names) or tuple(str(number) for number in range(len(updates)))
         a = tuple(update.a.to(device, dtype) for update in updates)
         b = tuple(update.b.to(device, dtype) * update.scaling for update in updates)
-        bad = [name for name, x, y in zip(named, a, b, strict=True) if not (x.isfinite().all() and y.isfinite().all())]
+        bad = [name for name, x, y in zip(named, a, b, strict=True) if not (_finite(x) and _finite(y))]
         if bad:
             raise IncompatibleError(f"{target or 'a target'}: factors of {', '.join(bad)} are not finite")
         numbers = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
@@ -182,9 +182,20 @@ class Deltas:
         right, factors_a = torch.linalg.qr(torch.cat(self.a).T)
         split_b, split_a = factors_b.split(self.ranks, dim=1), factors_a.split(self.ranks, dim=1)
         matrices = torch.stack([x @ y.T for x, y in zip(split_b, split_a, strict=True)])
-        turn_left = torch.linalg.svd(matrices.permute(1, 0, 2).flatten(1), full_matrices=False)[0]
-        turn_right = torch.linalg.svd(matrices.permute(2, 0, 1).flatten(1), full_matrices=False)[0]
+        turn_left = _left_vectors(matrices.permute(1, 0, 2).flatten(1))
+        turn_right = _left_vectors(matrices.permute(2, 0, 1).flatten(1))
         return Core(left @ turn_left, right @ turn_right, turn_left.T @ matrices @ turn_right)
+
+
+def _finite(x: torch.Tensor) -> bool:
+    """Whether all entries are finite; one pass, and a second only where the sum is not."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def _left_vectors(wide: torch.Tensor) -> torch.Tensor:
+    """Left singular vectors of a wide matrix, largest singular value first, as eigenvectors of its Gram in float64."""
+    double = wide.double()
+    return torch.linalg.eigh(double @ double.T)[1].flip(1).to(wide.dtype)
 
 
 def compact(factors: Factors, rank: int | None = None, energy: float | None = None) -> tuple[Factors, float]:
