@@ -69,7 +69,9 @@ class Election:
         """
         check_choice("semantics", semantics, tuple(presets))
         preset = presets[semantics]
-        return Election(elect or preset.elect, denominator or preset.denominator)
+        return Election(
+            preset.elect if elect is None else elect, preset.denominator if denominator is None else denominator
+        )
 
 
 Election.presets.update(

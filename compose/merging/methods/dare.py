@@ -43,7 +43,7 @@ class Dare:
         """Check the options."""
         check_density(self.density)
         check_choice("semantics", self.semantics, tuple(RESCALE))
-        check_choice("rescale", self.rescale or "none", get_args(Rescale))
+        check_choice("rescale", RESCALE["paper"] if self.rescale is None else self.rescale, get_args(Rescale))
 
     def merge(self, deltas: Deltas, context: Context) -> Streamed:
         """Return the merge, computed line by line."""

@@ -54,7 +54,7 @@ class DareTies:
     def __post_init__(self) -> None:
         """Check the options."""
         check_density(self.density)
-        check_choice("rescale", self.rescale or "none", get_args(Rescale))
+        check_choice("rescale", RESCALE["paper"] if self.rescale is None else self.rescale, get_args(Rescale))
         self._election()
 
     def _election(self) -> Election:

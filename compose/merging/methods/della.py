@@ -73,7 +73,7 @@ class Della:
                 f"density - epsilon and density + epsilon must lie in (0, 1] and epsilon must not be negative; "
                 f"got density {self.density} and epsilon {self.epsilon}"
             )
-        check_choice("rescale", self.rescale or "none", get_args(Rescale))
+        check_choice("rescale", RESCALE["paper"] if self.rescale is None else self.rescale, get_args(Rescale))
         self._election()
 
     def _election(self) -> Election:
