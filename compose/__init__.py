@@ -24,6 +24,7 @@ _EXPORTS = {
     "ComposeError": "compose.errors",
     "attach": "compose.engine.attach",
     "merge": "compose.engine.merge",
+    "extract": "compose.engine.extract",
     "few_shot_search": "compose.fewshot.run",
     "read_adapter": "compose.formats.peft",
     "write_adapter": "compose.formats.peft",

@@ -135,7 +135,7 @@ def _merge_target(
     error = 0.0
     if rank is not None or energy is not None:
         if isinstance(result, Streamed):
-            result, error = compact_dense(result, rank, energy)
+            result, error = compact_dense(result.dense(), rank, energy)
         else:
             result, error = compact(result, rank, energy)
     return MergedTarget(result, deltas.kind, error)

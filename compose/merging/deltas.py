@@ -222,12 +222,11 @@ def compact(factors: Factors, rank: int | None = None, energy: float | None = No
     return factors, _lost(squared, kept)
 
 
-def compact_dense(delta: Streamed, rank: int | None = None, energy: float | None = None) -> tuple[Factors, float]:
-    """`compact` of a delta without a low-rank form: its dense matrix is formed, one target at a time.
+def compact_dense(matrix: torch.Tensor, rank: int | None = None, energy: float | None = None) -> tuple[Factors, float]:
+    """`compact` of a dense delta ``(O, I)``.
 
     Singular vectors come from the eigenvectors of the smaller Gram matrix, in float64.
     """
-    matrix = delta.dense()
     turned = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     double = turned.double()
     values, vectors = torch.linalg.eigh(double @ double.T)
