@@ -130,10 +130,10 @@ class Coefficients:
         Gates that are trained, traced or given per token are made anew in every call and have no plan.
         """
         group = 0 if self.groups is None else self.groups[target]
-        per_token = self.values.dim() - (self.groups is not None) == 3
-        if torch.compiler.is_compiling() or per_token or self.values.requires_grad or self.values.is_inference():
+        scope = self.values.dim() - (self.groups is not None)
+        if torch.compiler.is_compiling() or scope == 3 or self.values.requires_grad or self.values.is_inference():
             return self._fit(x, group, target)
-        key, version = (group, x.shape[0]), self.values._version
+        key, version = (group, x.shape[0] if scope == 2 else 0), self.values._version
         found = self._plans.get(key)
         if found is None or found.version != version or found.gates.device != x.device:
             with torch.inference_mode(False):

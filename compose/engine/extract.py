@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -96,7 +96,8 @@ def _changed(tuned: nn.Module, base: nn.Module) -> set[str]:
 
 def _change(tuned: nn.Module, base: nn.Module, path: str) -> torch.Tensor:
     """The change of one layer as ``(O, I)`` float32 on the CPU."""
-    module = base.get_submodule(path)
-    change = tuned.get_submodule(path).weight.cpu().float() - module.weight.cpu().float()
+    module: Any = base.get_submodule(path)
+    other: Any = tuned.get_submodule(path)
+    change = other.weight.cpu().float() - module.weight.cpu().float()
     stored_as_io = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
     return change.T if stored_as_io else change

@@ -69,6 +69,16 @@ def test_values_written_in_place_take_effect(tiny_model, make_bank, combine, spa
     assert not torch.allclose(before, changed)
 
 
+def test_numbers_for_the_whole_batch_are_prepared_once_whatever_its_size(tiny_model, make_bank) -> None:
+    model = tiny_model("llama")
+    with compose.attach(model, make_bank(model)) as attached, torch.no_grad():
+        chosen = Coefficients(torch.randn(4), "parameters")
+        attached.set(chosen)
+        for rows in (1, 2, 5):
+            model(torch.ones(rows, 3, dtype=torch.int64))
+    assert len(chosen._plans) == 1
+
+
 def test_new_tokens_keep_the_last_tokens_coefficients(tiny_model, make_bank) -> None:
     model = tiny_model("llama")
     row = torch.randn(3, 4)
