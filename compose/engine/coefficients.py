@@ -38,7 +38,7 @@ class LayerCall(NamedTuple):
 
 
 class _FittedGates(NamedTuple):
-    """Gates and indices for a number of rows, what is kept for them, and the version of the values they are from."""
+    """Gates and indices for a number of rows, what is kept for them, and how often values and indices were written."""
 
     gates: torch.Tensor
     indices: torch.Tensor | None
@@ -131,9 +131,12 @@ class Coefficients:
         """
         group = 0 if self.groups is None else self.groups[target]
         scope = self.values.dim() - (self.groups is not None)
-        if torch.compiler.is_compiling() or scope == 3 or self.values.requires_grad or self.values.is_inference():
+        if torch.compiler.is_compiling() or scope == 3 or self.values.requires_grad:
             return self._fit(x, group, target)
-        key, version = (group, x.shape[0] if scope == 2 else 0), self.values._version
+        given = [self.values] if self.indices is None else [self.values, self.indices]
+        if any(tensor.is_inference() for tensor in given):
+            return self._fit(x, group, target)
+        key, version = (group, x.shape[0] if scope == 2 else 0), sum(tensor._version for tensor in given)
         found = self._plans.get(key)
         if found is None or found.version != version or found.gates.device != x.device:
             with torch.inference_mode(False):
