@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from compose.bank import Bank
     from compose.engine.merge_weights import Weight
     from compose.engine.merged import Merged
+    from compose.fewshot.loading import LoadedModel
+    from compose.merging.method import Method
 
 MERGE = "Merge"
 
@@ -103,23 +106,29 @@ def merge(  # noqa: PLR0913 - one parameter per option
         raise ComposeError("give the adapters: --bank DIR (compose merge --list shows the methods)")
     if out is None and not dry_run:
         raise ComposeError("give --out DIR for the result, or --dry-run")
-    if out is not None and out.exists() and not force:
-        raise ComposeError(f"{out} exists; give another --out, or --force to replace it")
+    if out is not None and out.exists() and not (force and out.is_dir() and out.name):
+        raise ComposeError(f"{out} exists; give another --out, or --force to replace a folder")
     from compose.bank import Bank
     from compose.cli.loading import checked_device
+    from compose.engine.merge import checked_method, method_in
     from compose.engine.merge import merge as run
 
     opened = Bank.open(list(bank))
     given = read_weights(expression, weight or [])
-    chosen = dict(read_option(text) for text in options or []) | ({} if density is None else {"density": density})
+    chosen = read_options(options or [], density)
+    built = checked_method(method, space, chosen, rank, energy)
     if out is None or dry_run:
-        show_plan(opened, method, given, rank, json)
+        show_plan(opened, built, method_in(method, space), given, rank or energy, json)
         return
+    loaded = None if into_base is None else load_stored(into_base)
     merged = run(
         opened, method, given, space=space, rank=rank, energy=energy, device=checked_device(device), seed=seed,
         **chosen,
     )  # fmt: skip
-    write(merged, out, into_base, force=force)
+    if loaded is None:
+        merged.save(out, overwrite=force)
+    else:
+        write_model(merged, loaded, out.absolute())
     show_result(merged, out, into_base, json)
 
 
@@ -151,6 +160,19 @@ def read_weights(expression: str | None, pairs: Sequence[str]) -> dict[str, Weig
             raise ComposeError(f"--weight gives {left!r} twice")
         patterns[pattern or "*"] = value
     return dict(found) if found else None
+
+
+def read_options(texts: Sequence[str], density: float | None) -> dict[str, Any]:
+    """Return the method's options of --set and --density.
+
+    Raises:
+        ComposeError: One cannot be read, or is given twice.
+    """
+    pairs = [read_option(text) for text in texts] + ([] if density is None else [("density", density)])
+    twice = [name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number])]
+    if twice:
+        raise ComposeError(f"the option {twice[0]!r} is given twice")
+    return dict(pairs)
 
 
 def read_option(text: str) -> tuple[str, Any]:
@@ -196,13 +218,26 @@ def show_methods(json: bool) -> None:
     print_table(["method", "what", "options", "result", "source"], cells)
 
 
-def show_plan(bank: Bank, method: str, given: dict[str, Weight] | None, rank: int | None, json: bool) -> None:
-    """Print who takes part, ranks, and the size of an exact result in float32."""
-    from compose.engine.merge_weights import resolve_weights
-    from compose.merging.method import METHODS
+def show_plan(
+    bank: Bank, built: Method, method: str, given: dict[str, Weight] | None, limit: float | None, json: bool
+) -> None:
+    """Print who takes part, ranks, and the size of the result in float32.
 
-    low_rank = METHODS[method].contract.low_rank
+    Args:
+        bank: The adapters.
+        built: The method.
+        method: Its registered name.
+        given: Weights.
+        limit: A rank (an integer), an energy, or neither.
+        json: Print one JSON object.
+    """
+    from compose.engine.merge import check_count
+    from compose.engine.merge_weights import resolve_weights
+
+    low_rank = built.contract.low_rank or limit is not None
+    rank = limit if isinstance(limit, int) else None
     names, per_target = resolve_weights(given, bank.names, list(bank.targets))
+    check_count(built, method, names)
     ranks, size = {}, 0
     for target, shape in bank.targets.items():
         present = [bank[name].ranks.get(target, 0) for name in names]
@@ -210,37 +245,45 @@ def show_plan(bank: Bank, method: str, given: dict[str, Weight] | None, rank: in
         most = min(shape.in_features, shape.out_features)
         ranks[target] = min(rank, most) if rank is not None else used
         width = shape.in_features + shape.out_features
-        dense = rank is None and not low_rank
+        dense = not low_rank
         size += 4 * (shape.in_features * shape.out_features if dense else ranks[target] * width)
     facts = {
         "method": method,
         "adapters": ", ".join(names),
         "targets": len(ranks),
-        "result": "adapter" if low_rank or rank is not None else "dense (needs --rank, --energy or --into-base)",
-        "rank": f"{min(ranks.values())} to {max(ranks.values())}" if low_rank or rank is not None else None,
+        "result": "adapter" if low_rank else "dense (needs --rank, --energy or --into-base)",
+        "rank": f"{min(ranks.values())} to {max(ranks.values())}" if low_rank else None,
         "size": f"{size / 2**20:.1f} MiB in float32",
     }
     print_json(facts) if json else print_facts(facts)
 
 
-def write(merged: Merged, out: Path, into_base: str | None, *, force: bool) -> None:
-    """Write the adapter, or the model with the deltas in its weights; the folder appears whole or not at all."""
-    if into_base is None:
-        merged.save(out, overwrite=force)
-        return
+def load_stored(base: str) -> LoadedModel:
+    """Load a model in the dtype it is stored in, so that it is written back as it was but for the merge."""
+    from transformers import AutoConfig
+
     from compose.cli.loading import load_base
 
-    loaded = load_base(into_base)
+    dtype = str(getattr(AutoConfig.from_pretrained(base), "dtype", None)).removeprefix("torch.")
+    return load_base(base, dtype=dtype if dtype in ("float32", "bfloat16", "float16") else "auto")
+
+
+def write_model(merged: Merged, loaded: LoadedModel, out: Path) -> None:
+    """Write the model with the deltas in its weights; the folder appears whole or not at all."""
     merged.merge_into(loaded.model)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    loaded.model.save_pretrained(partial)
-    loaded.tokenizer.save_pretrained(partial)
-    loaded.prompt_format.save(partial)
-    merged.write_recipe(partial)
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("new", "old"))
+    try:
+        loaded.model.save_pretrained(fresh)
+        loaded.tokenizer.save_pretrained(fresh)
+        loaded.prompt_format.save(fresh)
+        merged.write_recipe(fresh)
+        if out.exists():
+            out.rename(old)
+        fresh.rename(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def show_result(merged: Merged, out: Path, into_base: str | None, json: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from compose.errors import IncompatibleError
 from compose.kernels.grouped_lora.op import GroupPlan, grouped_lora, plan_groups
 from compose.kernels.mixture_lora.op import MixturePlan, mixture_lora
+from compose.kernels.mixture_lora.plan import captured
 from compose.kernels.stack import LoraStack
 
 Combine = Literal["outputs", "parameters"]
@@ -90,6 +91,10 @@ class Coefficients:
                 f"indices must be int64 of shape {tuple(wanted)}, got {self.indices.dtype} {tuple(self.indices.shape)}"
             )
 
+    def __getstate__(self) -> dict[str, object]:
+        """What is kept between calls is not pickled."""
+        return {**self.__dict__, "_plans": {}}
+
     def check(self, targets: list[str], num_adapters: int) -> None:
         """Raise unless the values fit a bank of ``num_adapters`` and the groups cover ``targets``."""
         if self.indices is not None:
@@ -131,7 +136,7 @@ class Coefficients:
         """
         group = 0 if self.groups is None else self.groups[target]
         scope = self.values.dim() - (self.groups is not None)
-        if torch.compiler.is_compiling() or scope == 3 or self.values.requires_grad:
+        if torch.compiler.is_compiling() or scope == 3 or self.values.requires_grad or captured(x):
             return self._fit(x, group, target)
         given = [self.values] if self.indices is None else [self.values, self.indices]
         if any(tensor.is_inference() for tensor in given):

@@ -56,24 +56,23 @@ def merge(
         IncompatibleError: Options, weights or adapters do not fit; factors are not finite.
     """
     bank = bank if isinstance(bank, Bank) else Bank.from_adapters(bank)
-    built = make_method(method_in(method, space), options)
-    if rank is not None and rank < 1:
-        raise IncompatibleError(f"rank must be at least 1, got {rank}")
-    if energy is not None and not 0 < energy <= 1:
-        raise IncompatibleError(f"energy must lie in (0, 1], got {energy}")
+    built = checked_method(method, space, options, rank, energy)
     given = parse_expression(weights) if isinstance(weights, str) else weights
     chosen, per_target = resolve_weights(given, bank.names, list(bank.targets))
-    count = built.contract.exact_count
-    if count is not None and len(chosen) != count:
-        raise IncompatibleError(f"{method!r} merges exactly {count} adapters, got {len(chosen)}: {', '.join(chosen)}")
+    check_count(built, method, chosen)
     adapters = [bank[one] for one in chosen]
+    if whole := [one.name for one in adapters if one.full_modules]:
+        raise IncompatibleError(
+            f"{', '.join(whole)}: carries whole modules (modules_to_save), which a merge of deltas would drop; "
+            "merge adapters without them"
+        )
     dtype = next(iter(adapters[0].targets.values())).a.dtype
     targets = {}
     for target in bank.targets:
         deltas = target_deltas(adapters, target, per_target[target], torch.device(device))
         if deltas is not None:
             context = Context(seed, _of_chosen(statistics, target, bank, chosen))
-            targets[target] = _merge_target(built, deltas, context, rank, energy).to(dtype)
+            targets[target] = _merge_target(built, deltas, context, rank, energy).on_cpu()
     lineage = [
         {"name": one.name, "sha256": one.sha256, "weight": _said(per_target, number)}
         for number, one in enumerate(adapters)
@@ -82,7 +81,26 @@ def merge(
         "method": method_in(method, space), "options": asdict(built), "rank": rank, "energy": energy, "seed": seed,  # type: ignore[call-overload]
         "parents": lineage,
     }  # fmt: skip
-    return Merged(bank.base, targets, recipe)
+    return Merged(bank.base, targets, recipe, dtype)
+
+
+def checked_method(
+    method: str, space: Space, options: Mapping[str, Any], rank: int | None, energy: float | None
+) -> Method:
+    """Return a method with its options, after all checks that need no adapter; see `merge`."""
+    built = make_method(method_in(method, space), options)
+    if rank is not None and rank < 1:
+        raise IncompatibleError(f"rank must be at least 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise IncompatibleError(f"energy must lie in (0, 1], got {energy}")
+    return built
+
+
+def check_count(built: Method, method: str, names: Sequence[str]) -> None:
+    """Raise where a method takes another number of adapters."""
+    count = built.contract.exact_count
+    if count is not None and len(names) != count:
+        raise IncompatibleError(f"{method!r} merges exactly {count} adapters, got {len(names)}: {', '.join(names)}")
 
 
 def method_in(method: str, space: Space) -> str:

@@ -31,11 +31,11 @@ class MergedTarget(NamedTuple):
     kind: TargetKind
     error: float
 
-    def to(self, dtype: torch.dtype) -> MergedTarget:
-        """Round the factors to a dtype, on the CPU; lines that are computed later stay as they are."""
+    def on_cpu(self) -> MergedTarget:
+        """The same with its factors on the CPU; lines that are computed later stay where they are."""
         if isinstance(self.delta, Streamed):
             return self
-        return self._replace(delta=Factors(*(factor.to("cpu", dtype) for factor in self.delta)))
+        return self._replace(delta=Factors(*(factor.to("cpu") for factor in self.delta)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +45,14 @@ class Merged:
     Attributes:
         base: Of the adapters.
         targets: Target -> merged delta.
-        recipe: Method, options, seed and parents (names, hashes, weights), for the adapter's configuration.
+        recipe: Method, options, seed and parents (names, hashes, weights).
+        dtype: Of the adapter's factors; `targets` hold them as they were computed.
     """
 
     base: str
     targets: Mapping[str, MergedTarget]
     recipe: Mapping[str, Any]
+    dtype: torch.dtype = torch.float32
 
     @property
     def low_rank(self) -> bool:
@@ -70,7 +72,7 @@ class Merged:
                 "give rank= or energy= to recompress it (the error is reported), or use merge_into(model)"
             )
         updates = {
-            target: LowRank(merged.delta.a, merged.delta.b, 1.0, merged.kind)
+            target: LowRank(merged.delta.a.to(self.dtype), merged.delta.b.to(self.dtype), 1.0, merged.kind)
             for target, merged in self.targets.items()
             if isinstance(merged.delta, Factors) and merged.delta.a.shape[0]
         }
@@ -111,7 +113,8 @@ class Merged:
             What takes it back: it holds a copy of every changed weight.
 
         Raises:
-            IncompatibleError: A target does not exist, has another shape, or its weight is not floating point.
+            IncompatibleError: A target does not exist, has another shape, its weight is not floating point or shared
+                with another module, or the delta is not finite.
         """
         places = [_place(model, target, merged) for target, merged in self.targets.items()]
         undo = Undo({})
@@ -119,7 +122,8 @@ class Merged:
             for weight, transposed, merged in places:
                 if weight not in undo.before:
                     undo.before[weight] = weight.detach().clone()
-                _add(weight.detach(), transposed, merged.delta)
+                if not _add(weight.detach(), transposed, merged.delta):
+                    raise IncompatibleError("the merged delta is not finite; nothing was changed")
         except BaseException:
             undo()
             raise
@@ -149,10 +153,17 @@ def _place(model: nn.Module, target: str, merged: MergedTarget) -> tuple[nn.Para
         module = model.get_submodule(target)
     except AttributeError:
         raise IncompatibleError(f"the model has no module {target!r}; it is not the adapters' base") from None
+    module = getattr(module, "base_layer", module)  # a bank may be attached
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         raise IncompatibleError(
             f"{target}: its weight is no floating point parameter (quantised?); nothing was changed"
+        )
+    shared = [name for name, one in model.named_parameters(remove_duplicate=False) if one is weight]
+    if len({name.replace(".base_layer", "") for name in shared}) > 1:
+        raise IncompatibleError(
+            f"{target}: its weight is tied ({', '.join(shared)}), so a merge would change both places; untie it first "
+            "(model.config.tie_word_embeddings = False, and a copy of the weight)"
         )
     transposed = merged.kind == "embedding" or type(module).__name__ == "Conv1D"
     delta = merged.delta
@@ -162,11 +173,14 @@ def _place(model: nn.Module, target: str, merged: MergedTarget) -> tuple[nn.Para
     return weight, transposed, merged
 
 
-def _add(weight: torch.Tensor, transposed: bool, delta: Factors | Streamed) -> None:
-    """Add line by line; a sum is rounded to the weight's dtype once."""
+def _add(weight: torch.Tensor, transposed: bool, delta: Factors | Streamed) -> bool:
+    """Add line by line, rounding the sum to the weight's dtype once; return whether all of it was finite."""
+    finite = True
     lines = weight.T if transposed else weight
     for low in range(0, lines.shape[0], ROWS):
         high = min(low + ROWS, lines.shape[0])
         change = delta.b[low:high] @ delta.a if isinstance(delta, Factors) else delta.rows(low, high)
-        exact = torch.promote_types(weight.dtype, change.dtype)
+        exact = torch.promote_types(torch.float32, torch.promote_types(weight.dtype, change.dtype))
+        finite = finite and bool(change.isfinite().all())
         lines[low:high] = (lines[low:high].to(exact) + change.to(weight.device, exact)).to(weight.dtype)
+    return finite

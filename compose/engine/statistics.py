@@ -62,7 +62,10 @@ class InputGrams:
             raise IncompatibleError(
                 f"no inputs were collected for {', '.join(missing)}; run the model within of(name)"
             )
-        targets = next(iter(self._sums.values()))
+        targets = {target: None for sums in self._sums.values() for target in sums}
+        gaps = [f"{name} at {target}" for name, sums in self._sums.items() for target in targets if target not in sums]
+        if gaps:
+            raise IncompatibleError(f"no inputs were collected for {gaps[0]} (and {len(gaps) - 1} more)")
         return {
             target: {"input_gram": torch.stack([sums[target] for sums in self._sums.values()])} for target in targets
         }

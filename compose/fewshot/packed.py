@@ -29,6 +29,10 @@ SAVING = 0.2
 """Share of the tokens that packing must save to be used."""
 
 
+MOST_TOKENS = 2_048
+"""Of a row; its mask has the square of it."""
+
+
 @dataclass(frozen=True)
 class PackedExamples:
     """Some examples in one row of ``T`` tokens, of which ``L`` predict a response token.
@@ -40,7 +44,8 @@ class PackedExamples:
         mask_TT: 0 where the line's token may see the column's, else the lowest float32.
         keep_L: Which tokens predict a response token.
         labels_L: The response tokens.
-        mean_LS: Averages the ``L`` losses over the tokens of each example.
+        owner_L: Which of the ``S`` examples each response token belongs to.
+        lengths_S: Response tokens of each example.
     """
 
     examples: tuple[int, ...]
@@ -49,7 +54,8 @@ class PackedExamples:
     mask_TT: torch.Tensor
     keep_L: torch.Tensor
     labels_L: torch.Tensor
-    mean_LS: torch.Tensor
+    owner_L: torch.Tensor
+    lengths_S: torch.Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +78,9 @@ class PackedExamples:
             logits_PLV = model(**arguments, use_cache=False).logits[:, self.keep_L]
         labels_PL = self.labels_L.expand(copies, -1)
         losses_PL = functional.cross_entropy(logits_PLV.float().transpose(1, 2), labels_PL, reduction="none")
-        return losses_PL @ self.mean_LS
+        # Summed by example, not multiplied by a matrix: a loss that is not finite stays its own example's.
+        sums_PS = losses_PL.new_zeros(copies, len(self.examples)).index_add(1, self.owner_L, losses_PL)
+        return sums_PS / self.lengths_S
 
 
 def pack(model: Any, examples: Sequence[Encoded], max_tokens: int) -> list[PackedExamples]:
@@ -84,7 +92,7 @@ def pack(model: Any, examples: Sequence[Encoded], max_tokens: int) -> list[Packe
         The rows, shortest examples first; none where the model cannot take them or they save too little.
     """
     shared = _shared_tokens(examples)
-    limit = min(max_tokens, max(256, 2 * model.config.hidden_size)) if takes_packed_rows(model) else 0
+    limit = min(max_tokens, MOST_TOKENS, max(256, 2 * model.config.hidden_size)) if takes_packed_rows(model) else 0
     order = sorted(range(len(examples)), key=lambda index: (examples[index].length, index))
     groups: list[list[int]] = [[]]
     tokens = shared
@@ -122,11 +130,11 @@ def _packed(examples: Sequence[Encoded], group: Sequence[int], shared: int, devi
     ids, positions, owner = [*examples[group[0]].prompt[:shared]], [*range(shared)], [-1] * shared
     keep: list[int] = []
     labels: list[int] = []
-    mean = torch.zeros(sum(len(examples[index].response) for index in group), len(group))
+    columns: list[int] = []
     for column, index in enumerate(group):
         prompt, response = examples[index].prompt, examples[index].response
         end = len(ids) + len(prompt) - shared
-        mean[len(labels) : len(labels) + len(response), column] = 1 / len(response)
+        columns += [column] * len(response)
         keep += range(end - 1, end - 1 + len(response))
         labels += response
         ids += [*prompt[shared:], *response[:-1]]
@@ -137,5 +145,13 @@ def _packed(examples: Sequence[Encoded], group: Sequence[int], shared: int, devi
     mask_TT = torch.zeros(len(ids), len(ids)).masked_fill(
         ~(visible_TT & (order_T <= order_T[:, None])), torch.finfo(torch.float32).min
     )
-    tensors = (torch.tensor(ids), torch.tensor(positions), mask_TT, torch.tensor(keep), torch.tensor(labels), mean)
-    return PackedExamples(tuple(group), *(tensor.to(device) for tensor in tensors))
+    tensors = (
+        torch.tensor(ids),
+        torch.tensor(positions),
+        mask_TT,
+        torch.tensor(keep),
+        torch.tensor(labels),
+        torch.tensor(columns),
+    )
+    lengths = torch.tensor([float(len(examples[index].response)) for index in group])
+    return PackedExamples(tuple(group), *(tensor.to(device) for tensor in (*tensors, lengths)))

@@ -246,7 +246,9 @@ def _kept(squared: torch.Tensor, rank: int | None, energy: float | None) -> int:
     """How many singular values to keep, from their squares in falling order."""
     kept = len(squared) if rank is None else min(rank, len(squared))
     total = float(squared.sum())
-    if energy is not None and total > 0:
+    if total == 0:
+        return 0
+    if energy is not None:
         reached = squared.cumsum(0) / total >= energy - 1e-12
         kept = min(kept, int(reached.int().argmax()) + 1 if bool(reached.any()) else len(squared))
     return kept

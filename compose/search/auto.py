@@ -1,8 +1,9 @@
 """The `auto` search: single adapters, forward selection, descent from the best of them, then a refinement per layer.
 
 Every stage is run for all examples and for every fold at once, and the folds choose their own singles, forward
-selections and descents, so the validated losses are honest about the selection too. The number of folds is never cut
-to save budget (README, "Measured").
+selections and descents, so the validated losses are honest about the selection too. Only which adapters forward
+selection tries is decided once, by the gradient on all examples. The number of folds is never cut to save budget
+(README, "Measured").
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Auto:
         without_gradient: Runs them when it has none.
         forward: Forward selection from the best single; None skips it.
         forward_adapters: How many adapters it tries: those of steepest descent at the best single, as in matching
-            pursuit (Pati et al., 1993). One gradient stands for an evaluation of every adapter.
+            pursuit (Pati et al., 1993). One gradient stands for an evaluation of every adapter. Not where the gradient
+            at 0 vanishes (factors summed): there a slope holds cross terms only and says nothing about an adapter.
         forward_share: Share of the budget left after the singles that it may spend.
         layerwise: Whether to run the last stage (only with more than one layer group).
     """
@@ -118,13 +120,22 @@ class Staged:
         self._end("singles", points, f"{count} adapters alone")
         return points
 
-    def steepest(self, point: Point, count: int) -> tuple[int, ...]:
-        """Return the ``count`` adapters whose coefficients lower the mean loss of all examples fastest at a point."""
+    def steepest(self, point: Point, count: int) -> tuple[int, ...] | None:
+        """Return the ``count`` adapters whose coefficients lower the mean loss of all examples fastest at a point.
+
+        None where the gradient is not finite: then nothing is known about any of them.
+        """
         self._begin("screen")
         weights = self._lanes[0].example_weights
         _, gradients = self._evaluator.losses_and_gradients(point.weights[None], weights[None])
         slopes = gradients[0].reshape(self._space.num_groups, self._space.num_adapters).sum(axis=0)
-        self._end("screen", [point] * self.num_lanes, f"{count} adapters of steepest descent at the best single")
+        known = bool(np.isfinite(slopes).all())
+        found = (
+            f"{count} adapters of steepest descent at the best single" if known else "no finite gradient: all adapters"
+        )
+        self._end("screen", [point] * self.num_lanes, found)
+        if not known:
+            return None
         return tuple(np.sort(np.argsort(slopes, kind="stable")[:count]).tolist())
 
     def fit(
@@ -285,7 +296,8 @@ def _forward(
     if strategy is None:
         return None
     limit = evaluator.cost + options.forward_share * evaluator.affordable(gradient=False)
-    if evaluator.differentiable and options.forward_adapters < space.num_adapters and evaluator.affordable(True):
+    few = options.forward_adapters < space.num_adapters and not space.zero_is_stationary
+    if few and evaluator.differentiable and evaluator.affordable(True):
         strategy = replace(strategy, adapters=staged.steepest(single[0], options.forward_adapters))
     starts = [point.weights[None, : space.num_adapters] for point in single]
     return staged.fit("scalar", strategy, starts, cost_limit=limit, name="forward")

@@ -116,7 +116,7 @@ def choose_sparse(stack: LoraStack, gates: torch.Tensor, tokens: int) -> Strateg
 
 def _dense(call: _Call, strategy: Strategy | None) -> torch.Tensor:
     if strategy is None:
-        factors = prepared(call.plan, call.stack, call.gates, 0, lambda: _dense_factors(call, None))
+        factors = prepared(call.plan, call.stack, call.gates, 0, lambda: _dense_factors(call, None), kind="dense")
     else:
         factors = _dense_factors(call, strategy)
     if factors.a.shape[0] == 0:
@@ -172,7 +172,9 @@ def _sparse(call: _Call, indices: torch.Tensor, strategy: Strategy | None) -> to
 def _gather(call: _Call, indices: torch.Tensor) -> torch.Tensor:
     """Gather the chosen adapters' rows: once for gates ``(K,)``, per batch row for ``(B, 1, K)``."""
     rows = indices.numel() * call.stack.max_rank
-    factors = prepared(call.plan, call.stack, call.gates, rows, lambda: _gathered(call, indices), indices=indices)
+    factors = prepared(
+        call.plan, call.stack, call.gates, rows, lambda: _gathered(call, indices), kind="gather", indices=indices
+    )
     return lowrank(call.x_BTD, *factors, call.base_BTO, reuse_base=call.reuse_base)
 
 

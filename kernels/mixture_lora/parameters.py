@@ -31,7 +31,9 @@ def forward(
         gates_a, gates_b = _signed_roots(stack, gates if gates.dim() == 1 else gates.squeeze(1), x_BTD.dtype)
         return Factors(_factor_sum(gates_a, stack.a_RD, stack), _factor_sum(gates_b, stack.b_RO, stack), 1.0)
 
-    return lowrank(x_BTD, *prepared(plan, stack, gates, rows, make), base_BTO, reuse_base=reuse_base)
+    return lowrank(
+        x_BTD, *prepared(plan, stack, gates, rows, make, kind="parameters"), base_BTO, reuse_base=reuse_base
+    )
 
 
 def _signed_roots(stack: LoraStack, gates: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,7 +43,9 @@ class _Kept(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MixturePlan:
-    """What is kept for one set of gates (with its indices). Writing to any tensor in place is noticed.
+    """What is kept for one set of gates (with its indices).
+
+    Writing to a tensor in place is noticed, except through ``tensor.data`` or a NumPy view.
 
     Attributes:
         kept: Factors by stack, held as long as plan and stack live.
@@ -60,9 +62,14 @@ def keeps(plan: MixturePlan | None, stack: LoraStack, gates: torch.Tensor, rows:
     They are not without a plan, while tracing, where a gradient must reach gates or factors, or where they would be
     larger than the stack itself.
     """
-    if plan is None or torch.compiler.is_compiling() or rows > stack.num_rows:
+    if plan is None or torch.compiler.is_compiling() or rows > stack.num_rows or captured(gates):
         return False
     return not gates.requires_grad and not gates.is_inference() and stack.versions() is not None
+
+
+def captured(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured, whose replays must see what is written to gates later."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def prepared(
@@ -72,13 +79,14 @@ def prepared(
     rows: int,
     make: Callable[[], Factors],
     *,
+    kind: str,
     indices: torch.Tensor | None = None,
 ) -> Factors:
-    """Return ``make()``, from the plan where it holds the result; see ``keeps``."""
-    if plan is None or not keeps(plan, stack, gates, rows):
+    """Return ``make()``, from the plan where it holds the result of this kind; see ``keeps``."""
+    if plan is None or not keeps(plan, stack, gates, rows) or (indices is not None and indices.is_inference()):
         return make()
-    chosen = () if indices is None or indices.is_inference() else (indices.data_ptr(), indices._version)
-    made_from = (*(stack.versions() or ()), gates.data_ptr(), gates._version, *chosen)
+    chosen = () if indices is None else (indices.data_ptr(), indices._version)
+    made_from = (kind, *(stack.versions() or ()), gates.data_ptr(), gates._version, *chosen)
     found = plan.kept.get(stack)
     if found is None or found.made_from != made_from:
         with torch.inference_mode(False):

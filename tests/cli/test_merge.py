@@ -102,6 +102,37 @@ def test_wrong_usage_is_told_and_changes_nothing(workspace, tmp_path, arguments,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "nosuch=1"], "no option"),
+        (["--rank", "0"], "at least 1"),
+        (["--energy", "7"], r"in (0, 1]"),
+        (["--space", "knots"], "no variant"),
+        (["--method", "slerp"], "exactly 2"),
+        (["--method", "ties", "--density", "0.2", "--set", "density=0.3"], "given twice"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(workspace, arguments, message) -> None:
+    result = merge("--bank", workspace.bank, "--dry-run", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_half_precision_model_is_written_as_it_is_stored_and_replaced_whole(workspace, tmp_path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(workspace.base).bfloat16()
+    base.save_pretrained(tmp_path / "half")
+    for file in workspace.base.glob("token*"):
+        (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
+    out = tmp_path / "out"
+    for _ in range(2):
+        result = merge("--bank", workspace.bank, "alpha", "--into-base", tmp_path / "half", "--out", out, "--force")
+        assert result.exit_code == 0, result.stderr
+    stored = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert stored.dtype == torch.bfloat16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "out"]
+
+
 def test_options_and_weights_are_read_as_written() -> None:
     assert [read_option(text) for text in ("a=1", "b=0.5", "c=true", "d=none", "e=peft")] == [
         ("a", 1), ("b", 0.5), ("c", True), ("d", None), ("e", "peft"),

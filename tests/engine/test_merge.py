@@ -194,6 +194,62 @@ def test_merge_into_adds_the_deltas_and_can_be_undone_to_the_bit(tiny_model, mak
         assert torch.equal(value, before[key]), key
 
 
+def test_an_attached_square_conv1d_gets_its_delta_the_right_way_round(tiny_model, make_bank) -> None:
+    model = tiny_model("gpt2")
+    bank = make_bank(model)
+    target = "transformer.h.0.attn.c_proj"
+    before = model.get_submodule(target).weight.detach().clone()
+    merged = compose.merge(bank, weights=[1.0, 0.0, 0.0, 0.0])
+    with compose.attach(model, bank):
+        undo = merged.merge_into(model)
+    after = model.get_submodule(target).weight.detach()
+    assert_close(after - before, bank["expert-0"].targets[target].delta().T, atol=1e-5, rtol=1e-4)
+    undo()
+
+
+def test_a_tied_weight_is_refused(tiny_model, make_bank) -> None:
+    model = tiny_model("gpt2")
+    merged = compose.merge(make_bank(model, embeddings=True))
+    before = model.transformer.wte.weight.detach().clone()
+    with pytest.raises(IncompatibleError, match="is tied"):
+        merged.merge_into(model)
+    assert torch.equal(model.transformer.wte.weight, before)
+
+
+def test_half_precision_adapters_are_merged_in_float32(tiny_model, make_bank) -> None:
+    """The product of the factors as they are, not of rounded ones or in half precision."""
+    model = tiny_model("llama")
+    half = [
+        Adapter(
+            one.name, one.base, {t: LowRank(u.a.bfloat16(), u.b.bfloat16(), u.scaling) for t, u in one.targets.items()}
+        )
+        for one in (make_bank(model)[name] for name in ("expert-0", "expert-2"))
+    ]
+    merged = compose.merge(half, weights=[0.3, 0.7])
+    assert {update.a.dtype for update in merged.adapter.targets.values()} == {torch.bfloat16}
+    target = "model.layers.0.self_attn.q_proj"
+    before = model.get_submodule(target).weight.detach().clone()
+    merged.merge_into(model)
+    pairs = zip((0.3, 0.7), half, strict=True)
+    exact = sum(w * u.scaling * u.b.double() @ u.a.double() for w, u in ((w, one.targets[target]) for w, one in pairs))
+    change = model.get_submodule(target).weight.detach().double() - before.double()
+    assert float((change - exact).norm() / exact.norm()) < 1e-6
+
+
+def test_infinite_deltas_and_whole_modules_are_refused_and_nothing_changes(tiny_model, make_bank) -> None:
+    model = tiny_model("llama")
+    target = "model.layers.0.self_attn.q_proj"
+    huge = Adapter("x", "", {target: LowRank(torch.full((1, 32), 1e30), torch.full((32, 1), 1e30), 1.0)})
+    before = model.get_submodule(target).weight.detach().clone()
+    with pytest.raises(IncompatibleError, match="not finite"):
+        compose.merge([huge]).merge_into(model)
+    assert torch.equal(model.get_submodule(target).weight, before)
+    one = make_bank(model)["expert-0"]
+    classifier = Adapter("head", "", one.targets, full_modules={"score.weight": torch.ones(2, 2)})
+    with pytest.raises(IncompatibleError, match="modules_to_save"):
+        compose.merge([classifier])
+
+
 def test_a_merge_that_does_not_fit_changes_nothing(tiny_model, make_bank, adapters) -> None:
     model = tiny_model("llama")
     before = {key: value.clone() for key, value in model.state_dict().items()}

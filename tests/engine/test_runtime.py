@@ -79,6 +79,17 @@ def test_numbers_for_the_whole_batch_are_prepared_once_whatever_its_size(tiny_mo
     assert len(chosen._plans) == 1
 
 
+def test_used_coefficients_can_be_pickled(tiny_model, make_bank) -> None:
+    import pickle
+
+    model, chosen = tiny_model("llama"), Coefficients(torch.randn(4), "parameters")
+    with compose.attach(model, make_bank(model)) as attached, torch.no_grad():
+        attached.set(chosen)
+        wanted = model(torch.tensor([[5, 9, 11]])).logits
+        attached.set(pickle.loads(pickle.dumps(chosen)))
+        assert_close(model(torch.tensor([[5, 9, 11]])).logits, wanted)
+
+
 def test_new_tokens_keep_the_last_tokens_coefficients(tiny_model, make_bank) -> None:
     model = tiny_model("llama")
     row = torch.randn(3, 4)

@@ -71,6 +71,24 @@ def test_equal_prompts_keep_their_last_token_apart() -> None:
     assert_close(row.losses(model, 1)[0], alone, atol=2e-5, rtol=2e-5)
 
 
+def test_a_loss_that_is_not_finite_stays_with_its_example(monkeypatch) -> None:
+    model = model_of("llama")
+    (row,) = pack(model, EXAMPLES, 1000)
+    healthy = row.losses(model, 1)[0]
+    forward = model.forward
+
+    def broken(*args, **kwargs):
+        found = forward(*args, **kwargs)
+        found.logits[0, 0, row.labels_L[0]] = -torch.inf
+        return found
+
+    broken.__signature__ = __import__("inspect").signature(forward)
+    monkeypatch.setattr(model, "forward", broken)
+    found = row.losses(model, 1)[0]
+    assert found[0] == torch.inf
+    assert_close(found[1:], healthy[1:])
+
+
 @pytest.mark.parametrize(
     ("what", "model"),
     [

@@ -98,6 +98,33 @@ def test_forward_selection_tries_the_adapters_of_steepest_descent_at_the_best_si
     assert any(pair[1] == pair[4] == 1.0 for pair in pairs)
 
 
+def test_nothing_is_screened_where_slopes_say_nothing(quadratic):
+    truth = planted(12, 1, {1: 0.9, 4: 0.8})
+    objective = quadratic(truth, noise=0.1, num_examples=5, identity=True)
+    space = Space(num_adapters=12, zero_is_stationary=True)
+    result = search(objective, space, strategy=Auto(forward_adapters=3), budget=Budget(cost=5000))
+    assert "screen" not in [stage.name for stage in result.stages]
+
+
+def test_a_gradient_that_is_not_finite_screens_nothing(quadratic):
+    truth = planted(12, 1, {1: 0.9, 4: 0.8})
+    objective = quadratic(truth, noise=0.1, num_examples=5, identity=True)
+    healthy = type(objective).__call__
+
+    class Broken(type(objective)):
+        def __call__(self, weights, *, gradient=False, example_weights=None):
+            found = healthy(self, weights, gradient=gradient, example_weights=example_weights)
+            if gradient:
+                found.gradients[:] = np.nan
+            return found
+
+    objective.__class__ = Broken
+    result = search(objective, Space(num_adapters=12), strategy=Auto(forward_adapters=3), budget=Budget(cost=5000))
+    assert [stage.note for stage in result.stages if stage.name == "screen"] == ["no finite gradient: all adapters"]
+    pairs = [row for rows, gradient, _ in objective.calls if not gradient for row in rows if (row != 0).sum() == 2]
+    assert any(row[1] == row[4] == 1.0 for row in pairs)
+
+
 def test_zero_is_no_start_when_it_is_stationary(quadratic):
     objective = quadratic(planted(6, 1, {1: 0.6, 4: -0.7}), noise=0.3)
     search(objective, Space(num_adapters=6, zero_is_stationary=True))

@@ -66,6 +66,14 @@ def test_a_second_call_makes_nothing_anew(make_stack, case, monkeypatch) -> None
     assert not run(plan).any()
 
 
+def test_one_plan_serves_both_ways_to_combine(make_stack) -> None:
+    stack, plan, gates = make_stack(), MixturePlan(), torch.randn(5, dtype=torch.float64)
+    x = torch.randn(3, 4, 13, dtype=torch.float64)
+    for combine in ("outputs", "parameters", "outputs"):
+        found = mixture_lora(x, stack, gates, combine=combine, plan=plan, backend="cpu")
+        torch.testing.assert_close(found, mixture_lora(x, stack, gates, combine=combine, backend="reference"))
+
+
 def test_what_is_trained_or_larger_than_the_stack_is_not_kept(make_stack) -> None:
     stack, gates, plan = make_stack(), torch.randn(3, 5), MixturePlan()
     assert keeps(plan, stack, gates, stack.num_rows)
