@@ -23,12 +23,17 @@ class RowIndex(NamedTuple):
         table_Er: ``(E + 1, max_rank)`` int64: rows of each adapter. Unused places repeat the adapter's first row
             (row 0 for a rank-0 adapter); the last line stands for "no adapter".
         valid_Er: ``(E + 1, max_rank)`` bool: which places of ``table_Er`` are used.
+        starts_E: ``(E,)`` int32: first row of each adapter.
+        ranks_E: ``(E,)`` int32: how many rows of each adapter hold something; its rank, or less where a slot of that
+            rank holds a smaller adapter (rows beyond are zero). Read by the Triton kernels only.
     """
 
     adapter_R: torch.Tensor
     position_R: torch.Tensor
     table_Er: torch.Tensor
     valid_Er: torch.Tensor
+    starts_E: torch.Tensor
+    ranks_E: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,4 +140,5 @@ def _row_index(ranks: tuple[int, ...], device: torch.device) -> RowIndex:
     firsts_E = torch.where(ranks_E > 0, starts_E, 0)
     table_Er = torch.cat([firsts_E, firsts_E.new_zeros(1)])[:, None] + torch.where(valid_Er, places_r, 0)
     position_R = torch.arange(sum(ranks)) - starts_E[adapter_R]
-    return RowIndex(adapter_R.to(device), position_R.to(device), table_Er.to(device), valid_Er.to(device))
+    tensors = (adapter_R, position_R, table_Er, valid_Er, starts_E.int(), ranks_E.int())
+    return RowIndex(*(tensor.to(device) for tensor in tensors))
