@@ -14,8 +14,10 @@ from torch import nn
 
 from compose.adapter import Adapter, LowRank
 from compose.bank import Bank
-from compose.engine.coefficients import AdapterIds, Coefficients, Selection
+from compose.engine.coefficients import AdapterIds, Coefficients, Combine, Selection
+from compose.engine.generate import check_generates, default_stop_ids, generate_tokens, token_rows
 from compose.engine.layers import ComposedEmbedding, ComposedLinear, RuntimeState
+from compose.engine.rows import RowAdapter, row_weights, rows_selection
 from compose.errors import IncompatibleError
 from compose.kernels.stack import LoraStack
 
@@ -137,6 +139,43 @@ class AttachedModel:
         finally:
             self._state.active = before
 
+    def generate(
+        self,
+        inputs: Any,
+        adapters: Sequence[RowAdapter] | None = None,
+        *,
+        max_new_tokens: int = 64,
+        stop_ids: Sequence[int] | None = None,
+        combine: Combine = "outputs",
+        **options: Any,
+    ) -> list[list[int]]:
+        """Continue every row with its own adapter, its own weighted set of adapters, or none, in one batch.
+
+        Args:
+            inputs: ``B`` lists of token ids of any lengths, a tensor ``(B, T)``, or a tokenizer's result with
+                ``input_ids`` and ``attention_mask``.
+            adapters: ``B`` entries: an adapter's name, a mapping of names to weights, or ``None`` for the bare base
+                model. Without it what is in force now stays in force.
+            max_new_tokens: Upper limit of new tokens per row.
+            stop_ids: Token ids that end a row and are never part of the result; ``None``: the model's own.
+            combine: How the adapters of a weighted set are combined (see ``Coefficients``).
+            options: Further options of the model's ``generate``: ``do_sample``, ``num_beams`` ... Greedy without any.
+
+        Returns:
+            ``B`` rows of new token ids; with ``num_return_sequences`` that many per row, next to each other.
+
+        Raises:
+            IncompatibleError: Not one adapter per row, a weight that is no finite number, inputs that are no rows of
+                token ids, a model that does not generate, or a detached handle.
+            UnknownNameError: A name is not in the bank.
+        """
+        check_generates(self.model)
+        prompts = token_rows(inputs)
+        selection = self.active if adapters is None else self._rows(adapters, len(prompts), combine)
+        stop = default_stop_ids(self.model) if stop_ids is None else stop_ids
+        with self.using(selection):
+            return generate_tokens(self.model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop, **options)
+
     def layer_groups(self, num_groups: int | None = None) -> dict[str, int]:
         """Cut the targets into groups along the depth of the model, for coefficients per adapter and layer group.
 
@@ -170,6 +209,13 @@ class AttachedModel:
         self._attached = False
         self._state.active = None
         return self.model
+
+    def _rows(self, adapters: Sequence[RowAdapter], rows: int, combine: Combine) -> Selection | None:
+        if isinstance(adapters, str | Mapping) or len(adapters) != rows:
+            given = f"{len(adapters)} entries" if not isinstance(adapters, str | Mapping) else f"{adapters!r}"
+            raise IncompatibleError(f"adapters must have one entry for each of the {rows} rows, got {given}")
+        chosen = [row_weights(self.bank, adapter) for adapter in adapters]
+        return rows_selection(chosen, combine=combine, device=self.device)
 
     def _resolve(self, selection: object) -> Selection | None:
         if isinstance(selection, str):

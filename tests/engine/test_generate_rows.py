@@ -1,0 +1,182 @@
+"""``attached.generate``: one batch whose rows have an adapter, a weighted set, or none; inputs of any form."""
+
+import pytest
+import torch
+from transformers import BatchEncoding
+
+import compose
+from compose.engine.coefficients import AdapterIds, Coefficients
+from compose.engine.rows import row_weights, rows_selection
+from compose.errors import IncompatibleError, UnknownNameError
+
+PROMPTS = [[5, 9, 11, 4, 30], [7, 8, 6], [40, 41, 42, 43], [12], [5, 9, 11, 4, 30]]
+ADAPTERS = ["expert-0", None, {"expert-1": 0.7, "expert-3": -0.4}, "expert-2", {"expert-2": 0.5, "expert-0": 1.5}]
+
+
+@pytest.fixture
+def llama(tiny_model, make_bank):
+    model = tiny_model("llama")
+    with compose.attach(model, make_bank(model)) as attached:
+        yield attached
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("combine", ["outputs", "parameters"])
+def test_every_row_gets_what_it_gets_alone(tiny_model, make_bank, name, combine) -> None:
+    model = tiny_model(name)
+    with compose.attach(model, make_bank(model)) as attached:
+        together = attached.generate(PROMPTS, ADAPTERS, max_new_tokens=8, combine=combine)
+        for row, (prompt, adapter) in enumerate(zip(PROMPTS, ADAPTERS, strict=True)):
+            selection = adapter
+            if isinstance(adapter, dict):
+                values = torch.zeros(len(attached.bank))
+                for expert, weight in adapter.items():
+                    values[attached.bank.index(expert)] = weight
+                selection = Coefficients(values, combine)
+            with attached.using(selection):
+                assert attached.generate([prompt], max_new_tokens=8) == [together[row]]
+    assert len({tuple(row) for row in together}) >= 4
+
+
+def test_combine_reaches_the_weighted_rows(llama) -> None:
+    outputs, parameters = (
+        llama.generate(PROMPTS, ADAPTERS, max_new_tokens=8, combine=kind) for kind in ("outputs", "parameters")
+    )
+    assert [a == b for a, b in zip(outputs, parameters, strict=True)] == [True, True, False, True, False]
+
+
+def test_a_batch_of_single_adapters_needs_ids_only(llama) -> None:
+    def select(*adapters):
+        rows = [row_weights(llama.bank, adapter) for adapter in adapters]
+        return rows_selection(rows, combine="outputs", device=torch.device("cpu"))
+
+    single = select("expert-2", None, {"expert-0": 1.0, "expert-1": 0.0})
+    assert isinstance(single, AdapterIds)
+    assert single.ids.tolist() == [2, -1, 0]
+    mixed = select("expert-2", None, {"expert-0": 0.5, "expert-3": 2.0})
+    assert mixed.indices.tolist() == [[2, -1], [-1, -1], [0, 3]]
+    assert mixed.values.tolist() == [[1.0, 0.0], [0.0, 0.0], [0.5, 2.0]]
+    assert select(None, {}, {"expert-0": 0.0}) is None
+
+
+def test_what_was_in_force_is_restored_even_after_an_error(llama, monkeypatch) -> None:
+    llama.set({"expert-1": 0.5})
+    before = llama.active
+    llama.generate(PROMPTS, ADAPTERS, max_new_tokens=2)
+    assert llama.active is before
+    seen = []
+
+    def fail(**_):
+        seen.append(llama.active)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(llama.model, "generate", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        llama.generate(PROMPTS, ADAPTERS, max_new_tokens=2)
+    assert isinstance(seen[0], Coefficients)
+    assert llama.active is before
+
+
+def test_without_adapters_what_is_in_force_stays(llama) -> None:
+    llama.set("expert-2")
+    stays = llama.generate(PROMPTS, max_new_tokens=6)
+    assert stays == llama.generate(PROMPTS, ["expert-2"] * 5, max_new_tokens=6)
+    assert stays != llama.generate(PROMPTS, [None] * 5, max_new_tokens=6)
+
+
+def test_inputs_come_as_lists_tensors_or_a_tokenizers_result_padded_on_any_side(llama) -> None:
+    wanted = llama.generate(PROMPTS, ADAPTERS, max_new_tokens=6)
+    for left in (True, False):
+        ids = [[0] * (5 - len(p)) + p if left else p + [0] * (5 - len(p)) for p in PROMPTS]
+        mask = [[int(token > 0) for token in row] for row in ids]
+        lists = {"input_ids": ids, "attention_mask": mask}
+        for given in (lists, BatchEncoding({key: torch.tensor(value) for key, value in lists.items()})):
+            assert llama.generate(given, ADAPTERS, max_new_tokens=6) == wanted
+    same = torch.tensor([PROMPTS[0], PROMPTS[0]])
+    assert llama.generate(same, ADAPTERS[:2], max_new_tokens=6) == llama.generate(
+        {"input_ids": same}, ADAPTERS[:2], max_new_tokens=6
+    )
+
+
+def test_rows_end_at_the_models_own_stop_token_or_the_ones_given(llama) -> None:
+    (free,) = llama.generate([PROMPTS[0]], ["expert-0"], max_new_tokens=6, stop_ids=[])
+    assert len(free) == 6
+    end = next(place for place, token in enumerate(free) if place and token not in free[:place])
+    assert llama.generate([PROMPTS[0]], ["expert-0"], max_new_tokens=6, stop_ids=[free[end]]) == [free[:end]]
+    llama.model.generation_config.eos_token_id = free[end]
+    assert llama.generate([PROMPTS[0]], ["expert-0"], max_new_tokens=6) == [free[:end]]
+    llama.model.generation_config.pad_token_id = None
+    assert llama.generate([PROMPTS[0]], ["expert-0"], max_new_tokens=6, stop_ids=[]) == [free]
+
+
+def test_beams_and_sampling_pass_on_to_generate(llama) -> None:
+    beams = llama.generate(PROMPTS, ADAPTERS, max_new_tokens=6, num_beams=3, num_return_sequences=2)
+    assert len(beams) == 10
+    for row, (prompt, adapter) in enumerate(zip(PROMPTS, ADAPTERS, strict=True)):
+        alone = llama.generate([prompt], [adapter], max_new_tokens=6, num_beams=3, num_return_sequences=2)
+        assert beams[2 * row : 2 * row + 2] == alone
+    samples = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        samples.append(llama.generate(PROMPTS, ADAPTERS, max_new_tokens=6, do_sample=True, temperature=2.0, top_k=0))
+    assert samples[0] == samples[1] != samples[2]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "error", "words"),
+    [
+        (["expert-0"], IncompatibleError, "one entry for each of the 5 rows, got 1 entries"),
+        ("expert-0", IncompatibleError, "one entry for each of the 5 rows, got 'expert-0'"),
+        ({"expert-0": 1.0}, IncompatibleError, "one entry for each of the 5 rows"),
+        ([None] * 4 + ["expert-9"], UnknownNameError, "unknown adapter 'expert-9'"),
+        ([None] * 4 + [{"expert-9": 0.0}], UnknownNameError, "unknown adapter 'expert-9'"),
+        ([None] * 4 + [{"expert-0": float("nan")}], IncompatibleError, "'expert-0' must be a finite number, got nan"),
+        ([None] * 4 + [{"expert-0": float("inf")}], IncompatibleError, "finite"),
+        ([None] * 4 + [{"expert-0": True}], IncompatibleError, "finite number, got True"),
+        ([None] * 4 + [{"expert-0": "1"}], IncompatibleError, "finite number, got '1'"),
+        ([None] * 4 + [3], IncompatibleError, "got int"),
+        ([None] * 4 + [["expert-0"]], IncompatibleError, "got list"),
+    ],
+)
+def test_bad_adapters_are_refused(llama, adapters, error, words) -> None:
+    with pytest.raises(error, match=words):
+        llama.generate(PROMPTS, adapters, max_new_tokens=2)
+    assert llama.active is None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ([], "no rows"),
+        ([[5], []], "row 1 has no tokens"),
+        ([5, 9], "rows of token ids"),
+        (["reverse this"], "tokenise texts first"),
+        ({"ids": [[5]]}, "no input_ids, only ids"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, "differ in shape"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[0, 0]]}, "row 0 has no tokens"),
+    ],
+)
+def test_bad_inputs_are_refused(llama, inputs, words) -> None:
+    with pytest.raises(IncompatibleError, match=words):
+        llama.generate(inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("option", ["return_dict_in_generate", "eos_token_id", "inputs_embeds", "stop_strings"])
+def test_options_that_would_change_what_comes_out_are_refused(llama, option) -> None:
+    with pytest.raises(IncompatibleError, match=option):
+        llama.generate(PROMPTS, max_new_tokens=2, **{option: 1})
+
+
+def test_a_model_that_does_not_generate_and_a_detached_handle_are_refused(tiny_model, make_bank) -> None:
+    model = tiny_model("bert")
+    with (
+        compose.attach(model, make_bank(model)) as attached,
+        pytest.raises(IncompatibleError, match="BertForSequenceClassification does not generate"),
+    ):
+        attached.generate(PROMPTS, max_new_tokens=2)
+    model = tiny_model("llama")
+    attached = compose.attach(model, make_bank(model))
+    attached.detach()
+    for adapters in (None, [None] * 5, ["expert-0"] * 5):
+        with pytest.raises(IncompatibleError, match="detached"):
+            attached.generate(PROMPTS, adapters, max_new_tokens=2)
