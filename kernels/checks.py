@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -60,6 +62,25 @@ def check_id_range(op: str, lowest: int, highest: int, num_adapters: int) -> Non
         )
 
 
+def check_precision(op: str, precision: str) -> None:
+    """Refuse anything but ``"ieee"`` and ``"tf32"``.
+
+    Raises:
+        UnknownNameError: Another name.
+    """
+    if precision not in ("ieee", "tf32"):
+        raise UnknownNameError(f"{op}: unknown input_precision {precision!r}; known: ieee, tf32")
+
+
+_INTERPRETED = "the operands are not on a CUDA device"
+
+
+@lru_cache(maxsize=256)
+def _log_once(op: str, backend: str, reason: str) -> None:
+    """Say why ``"auto"`` passed a backend over."""
+    logging.getLogger("compose.kernels").info("%s: backend %r is not used: %s", op, backend, reason)
+
+
 def resolve_backend(op: str, name: str, table: dict[str, ModuleType], x: torch.Tensor, stack: LoraStack) -> ModuleType:
     """The backend module called ``name``; ``"auto"`` takes the first of ``table`` that supports the operands.
 
@@ -68,9 +89,12 @@ def resolve_backend(op: str, name: str, table: dict[str, ModuleType], x: torch.T
         BackendUnavailableError: The named backend cannot run these operands; the message gives its reason.
     """
     if name == "auto":
-        for module in table.values():
-            if module.supports(x, stack) is None:
+        for candidate, module in table.items():
+            reason = _INTERPRETED if candidate == "triton" and not x.is_cuda else module.supports(x, stack)
+            if reason is None:
                 return module
+            if not torch.compiler.is_compiling():
+                _log_once(op, candidate, reason)
     if name not in table:
         raise UnknownNameError(f"{op}: unknown backend {name!r}; known: auto, {', '.join(table)}")
     reason = table[name].supports(x, stack)

@@ -5,17 +5,19 @@ Shape letters: ``B`` batch, ``T`` tokens, ``D`` in, ``O`` out.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from compose.errors import IncompatibleError
-from compose.kernels.checks import autocast_dtype, check_id_range, check_operands, resolve_backend
-from compose.kernels.grouped_lora import cpu, reference
+from compose.kernels.checks import autocast_dtype, check_id_range, check_operands, check_precision, resolve_backend
+from compose.kernels.grouped_lora import cpu, reference, triton
 from compose.kernels.grouped_lora.plan import GroupPlan, check_ids, plan_groups
 from compose.kernels.stack import LoraStack
 
 __all__ = ["BACKENDS", "GroupPlan", "grouped_lora", "plan_groups"]
 
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"triton": triton, "cpu": cpu, "reference": reference}
 
 
 def grouped_lora(
@@ -27,6 +29,7 @@ def grouped_lora(
     plan: GroupPlan | None = None,
     backend: str = "auto",
     reuse_base: bool = False,
+    input_precision: Literal["ieee", "tf32"] = "ieee",
 ) -> torch.Tensor:
     """Return ``y = base + s_e B_e A_e x`` with ``e`` the id of each row or token.
 
@@ -38,14 +41,17 @@ def grouped_lora(
         stack: Adapters of this target; ranks may differ and be 0.
         ids: int64 ``(B,)``, or ``(B, T)`` with ``x (B, T, D)``; -1 = no adapter.
         base: ``(B, O)`` or ``(B, T, O)``, the frozen layer's output. None: the update alone.
-        plan: ``plan_groups(ids)``, made once and passed to every layer; without it each call makes its own.
-        backend: ``"auto"``, ``"cpu"`` (fast torch code, any device) or ``"reference"``.
+        plan: ``plan_groups(ids)``, made once and passed to every layer; without it each call makes its own. The Triton
+            backend needs none and reads ``ids`` anew in every call (and in every replay of a CUDA graph).
+        backend: ``"auto"`` (Triton on CUDA where it can run, else ``"cpu"``), ``"triton"``, ``"cpu"`` (fast torch code,
+            any device) or ``"reference"``.
         reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that
             own it. By default ``base`` is never written to and the result is new memory.
+        input_precision: Of float32 products under Triton: ``"ieee"``, or ``"tf32"`` (about three decimal digits).
 
     Raises:
         IncompatibleError: Shapes, dtypes or devices do not fit, or an id is out of range. While ``torch.compile``
-            traces, the range is checked only when a plan is given.
+            traces, and under Triton, the range is checked only when a plan is given; other ids then count as none.
         UnknownNameError: No such backend.
         BackendUnavailableError: The named backend cannot run these operands.
     """
@@ -59,7 +65,8 @@ def grouped_lora(
             f"grouped_lora: ids for x {tuple(x.shape)} must be {tuple(x.shape[:1])} or {tuple(x.shape[:-1])} "
             f"on {x.device}, got {tuple(ids.shape)} on {ids.device}"
         )
-    if plan is None and not torch.compiler.is_compiling():
+    module = resolve_backend("grouped_lora", backend, BACKENDS, x, stack)
+    if plan is None and module is not triton and not torch.compiler.is_compiling():
         plan = plan_groups(ids)
     if plan is not None:
         if plan.ids.shape != ids.shape:
@@ -67,5 +74,7 @@ def grouped_lora(
                 f"grouped_lora: the plan is for ids {tuple(plan.ids.shape)}, got ids {tuple(ids.shape)}; plan again"
             )
         check_id_range("grouped_lora", plan.lowest, plan.highest, stack.num_adapters)
-    module = resolve_backend("grouped_lora", backend, BACKENDS, x, stack)
+    if module is triton:
+        check_precision("grouped_lora", input_precision)
+        return triton.forward(x, stack, ids, base=base, plan=plan, reuse_base=reuse_base, precision=input_precision)
     return module.forward(x, stack, ids, base=base, plan=plan, reuse_base=reuse_base)

@@ -29,6 +29,8 @@ class GroupPlan:
         lowest: Smallest id, -1 for empty ids.
         highest: Largest id, -1 for empty ids.
         gathered: Per stack, factors a backend gathered for these ids; held as long as plan and stack live.
+        layouts: Index tensors a backend made for these ids, by what they depend on (the stack's ranks and the shape).
+        tables: Tokens sorted by adapter on the device, by the number of adapters (Triton).
     """
 
     ids: torch.Tensor
@@ -39,6 +41,8 @@ class GroupPlan:
     lowest: int
     highest: int
     gathered: WeakKeyDictionary[LoraStack, Any] = field(default_factory=WeakKeyDictionary, repr=False)
+    layouts: dict[Any, Any] = field(default_factory=dict, repr=False)
+    tables: dict[int, Any] = field(default_factory=dict, repr=False)
 
     @property
     def single(self) -> int | None:

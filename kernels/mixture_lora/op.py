@@ -5,19 +5,20 @@ Shape letters: ``B`` batch, ``T`` tokens, ``D`` in, ``O`` out, ``E`` adapters, `
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Literal
 
 import torch
 
-from compose.errors import IncompatibleError, UnknownNameError
-from compose.kernels.checks import autocast_dtype, check_id_range, check_operands, resolve_backend
-from compose.kernels.mixture_lora import cpu, reference
+from compose.errors import BackendUnavailableError, IncompatibleError, UnknownNameError
+from compose.kernels.checks import autocast_dtype, check_id_range, check_operands, check_precision, resolve_backend
+from compose.kernels.mixture_lora import cpu, reference, triton
 from compose.kernels.mixture_lora.plan import MixturePlan
 from compose.kernels.stack import LoraStack
 
 __all__ = ["BACKENDS", "MixturePlan", "mixture_lora"]
 
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"triton": triton, "cpu": cpu, "reference": reference}
 
 Combine = Literal["outputs", "parameters"]
 
@@ -33,6 +34,7 @@ def mixture_lora(
     plan: MixturePlan | None = None,
     backend: str = "auto",
     reuse_base: bool = False,
+    input_precision: Literal["ieee", "tf32"] = "ieee",
 ) -> torch.Tensor:
     """Return ``base`` plus a gated mixture of adapters.
 
@@ -52,9 +54,11 @@ def mixture_lora(
         base: ``(B, O)`` or ``(B, T, O)``, the frozen layer's output. None: the mixture alone.
         combine: What is summed; two different functions, so never guessed.
         plan: Keeps what follows from gates, indices and stack between calls; one plan per set of gates and indices.
-        backend: ``"auto"``, ``"cpu"`` (fast torch code, any device) or ``"reference"``.
+        backend: ``"auto"`` (Triton on CUDA where it can run, else ``"cpu"``), ``"triton"`` (outputs combined),
+            ``"cpu"`` (fast torch code, any device) or ``"reference"``.
         reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that
             own it. By default ``base`` is never written to and the result is new memory.
+        input_precision: Of float32 products under Triton: ``"ieee"``, or ``"tf32"`` (about three decimal digits).
 
     Raises:
         IncompatibleError: Shapes, dtypes or devices do not fit, or an index is out of range (checked on CPU tensors
@@ -69,8 +73,23 @@ def mixture_lora(
         raise UnknownNameError(f"mixture_lora: unknown combine {combine!r}; known: outputs, parameters")
     check_operands("mixture_lora", x, stack, base)
     _check_gates(x, stack, gates, indices)
-    module = resolve_backend("mixture_lora", backend, BACKENDS, x, stack)
+    table = BACKENDS if combine == "outputs" else _of_parameters(backend)
+    module = resolve_backend("mixture_lora", backend, table, x, stack)
+    if module is triton:
+        check_precision("mixture_lora", input_precision)
+        return triton.forward(
+            x, stack, gates, indices, base=base, plan=plan, reuse_base=reuse_base, precision=input_precision
+        )
     return module.forward(x, stack, gates, indices, base=base, combine=combine, plan=plan, reuse_base=reuse_base)
+
+
+def _of_parameters(backend: str) -> dict[str, ModuleType]:
+    """The backends that combine parameters."""
+    if backend == "triton":
+        raise BackendUnavailableError(
+            "mixture_lora: backend 'triton' combines outputs only; use backend='auto' for combine='parameters'"
+        )
+    return {name: module for name, module in BACKENDS.items() if module is not triton}
 
 
 def _check_gates(x: torch.Tensor, stack: LoraStack, gates: torch.Tensor, indices: torch.Tensor | None) -> None:

@@ -50,10 +50,20 @@ class MixturePlan:
     Attributes:
         kept: Factors by stack, held as long as plan and stack live.
         lines: Rank rows by the stack's ranks: targets with equal ranks share them.
+        tables: Version of the indices, and tokens sorted by adapter on the device (Triton).
     """
 
     kept: WeakKeyDictionary[LoraStack, _Kept] = field(default_factory=WeakKeyDictionary, repr=False)
     lines: dict[tuple[int, ...], tuple[int, Lines]] = field(default_factory=dict, repr=False)
+    tables: dict[int, dict[int, Any]] = field(default_factory=dict, repr=False)
+
+    def sorted_tables(self, indices: torch.Tensor) -> dict[int, Any] | None:
+        """Where tables of these indices are kept; None where writes to them would go unnoticed."""
+        if indices.is_inference() or captured(indices) or torch.compiler.is_compiling():
+            return None
+        if indices._version not in self.tables:
+            self.tables.clear()
+        return self.tables.setdefault(indices._version, {})
 
 
 def keeps(plan: MixturePlan | None, stack: LoraStack, gates: torch.Tensor, rows: int) -> bool:

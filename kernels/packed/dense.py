@@ -1,0 +1,175 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Dense kernels: every token meets every rank row of the stack, and coefficients (0 for most, perhaps) choose.
+
+Letters: ``M`` tokens, ``R`` rank rows of all adapters, ``D`` input and ``O`` output width, ``C`` splits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _coefficients(
+    tokens, rows, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr, num_adapters, tokens_per_entry,
+    K: tl.constexpr, SPARSE: tl.constexpr, HAS_GATES: tl.constexpr,
+):  # fmt: skip
+    """``c[t, j] = gate of the adapter that owns row j, at token t, times its scaling``; float32."""
+    valid = rows < num_rows
+    there = tokens < num_tokens
+    adapter = tl.load(adapter_ptr + rows, mask=valid, other=0)
+    scaling = tl.load(scaling_ptr + adapter, mask=valid, other=0.0)
+    entry = tokens // tokens_per_entry
+    if SPARSE:
+        gate = tl.zeros((tokens.shape[0], rows.shape[0]), tl.float32)
+        for slot in tl.static_range(K):
+            chosen = tl.load(ids_ptr + entry * K + slot, mask=there, other=-1)
+            same = chosen[:, None] == adapter[None, :]
+            if HAS_GATES:
+                weight = tl.load(gates_ptr + entry * K + slot, mask=there, other=0.0).to(tl.float32)
+                gate += tl.where(same, weight[:, None], 0.0)
+            else:
+                gate += tl.where(same, 1.0, 0.0)
+    else:
+        place = gates_ptr + entry[:, None].to(tl.int64) * num_adapters + adapter[None, :]
+        gate = tl.load(place, mask=there[:, None] & valid[None, :], other=0.0).to(tl.float32)
+    return gate * scaling[None, :]
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_adapters", "tokens_per_entry"])
+def dense_shrink_kernel(
+    x_ptr, w_ptr, h_ptr, z_ptr, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
+    num_tokens, width, num_rows, num_adapters, tokens_per_entry,
+    K: tl.constexpr, SPARSE: tl.constexpr, HAS_GATES: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, PLANES: tl.constexpr, SAVE: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``h = x wᵀ`` and ``z = c h``, or, with ``PLANES``, one part of ``h`` per split, in float32."""
+    tokens = tl.program_id(0) * BM + tl.arange(0, BM)
+    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    split = tl.program_id(2)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    there = tokens < num_tokens
+    valid = rows < num_rows
+    x_row = x_ptr + tl.where(there, tokens, 0)[:, None].to(tl.int64) * width
+    w_row = w_ptr + tl.where(valid, rows, 0)[:, None].to(tl.int64) * width
+    total = tl.zeros((BM, BR), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        k = (split * STEPS + step) * BK + tl.arange(0, BK)
+        if EVEN:
+            x = tl.load(x_row + k[None, :])
+            w = tl.load(w_row + k[None, :])
+        else:
+            x = tl.load(x_row + k[None, :], mask=(k < width)[None, :], other=0.0)
+            w = tl.load(w_row + k[None, :], mask=(k < width)[None, :], other=0.0)
+        total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+    mask = there[:, None] & valid[None, :]
+    place = tokens[:, None].to(tl.int64) * num_rows + rows[None, :]
+    if PLANES:
+        plane = split.to(tl.int64) * num_tokens * num_rows
+        tl.store(h_ptr + plane + place, total, mask=mask)
+    else:
+        if SAVE:
+            tl.store(h_ptr + place, total.to(h_ptr.dtype.element_ty), mask=mask)
+        c = _coefficients(tokens, rows, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
+                          num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES)  # fmt: skip
+        tl.store(z_ptr + place, (total * c).to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_adapters", "tokens_per_entry"])
+def dense_expand_kernel(
+    h_ptr, z_ptr, saved_ptr, w_ptr, base_ptr, y_ptr, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
+    num_tokens, width, num_rows, num_adapters, tokens_per_entry,
+    K: tl.constexpr, SPARSE: tl.constexpr, HAS_GATES: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+    BN: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, HAS_BASE: tl.constexpr, SAVE: tl.constexpr,
+    EVEN: tl.constexpr, ONE: tl.constexpr, COLUMNS_FIRST: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``y = base + z w``; from ``z`` (``C = 0``), or from ``C`` float32 planes of ``h`` that get their coefficients here.
+
+    ``ONE``: all rank rows fit one block, which is read before the planes are there.
+    """
+    if COLUMNS_FIRST:
+        n0 = tl.program_id(0) * BN
+        t0 = tl.program_id(1) * BM
+    else:
+        n0 = tl.program_id(1) * BN
+        t0 = tl.program_id(0) * BM
+    tokens = t0 + tl.arange(0, BM)
+    n = n0 + tl.arange(0, BN)
+    there = tokens < num_tokens
+    inside = n < width
+    j = tl.arange(0, BR)
+    y_place = tokens[:, None].to(tl.int64) * width + n[None, :]
+    y_mask = there[:, None] & inside[None, :]
+    if ONE:
+        w = tl.load(w_ptr + j[:, None].to(tl.int64) * width + n[None, :],
+                    mask=(j < num_rows)[:, None] & inside[None, :], other=0.0)  # fmt: skip
+        if C > 0:
+            c = _coefficients(tokens, j, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
+                              num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES)  # fmt: skip
+    if HAS_BASE:
+        y = tl.load(base_ptr + y_place, mask=y_mask, other=0.0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.zeros((BM, BN), tl.float32)
+    for r0 in tl.range(0, BR if ONE else num_rows, BR, num_stages=STAGES):
+        rows = r0 + j
+        valid = rows < num_rows
+        place = tokens[:, None].to(tl.int64) * num_rows + rows[None, :]
+        mask = there[:, None] & valid[None, :]
+        if C == 0:
+            z = tl.load(z_ptr + place, mask=mask, other=0.0)
+        else:
+            h = tl.zeros((BM, BR), tl.float32)
+            for split in tl.static_range(C):
+                plane = split * num_tokens.to(tl.int64) * num_rows
+                h += tl.load(h_ptr + plane + place, mask=mask, other=0.0)
+            if SAVE:
+                tl.store(saved_ptr + place, h.to(saved_ptr.dtype.element_ty), mask=mask & (n0 == 0))
+            if not ONE:
+                c = _coefficients(tokens, rows, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
+                                  num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES)  # fmt: skip
+            z = (h * c).to(w_ptr.dtype.element_ty)
+        if not ONE:
+            w = tl.load(w_ptr + rows[:, None].to(tl.int64) * width + n[None, :],
+                        mask=valid[:, None] & inside[None, :], other=0.0)  # fmt: skip
+        total = tl.dot(z, w, total, input_precision=PRECISION)
+    if HAS_BASE:
+        total += y.to(tl.float32)
+    tl.store(y_ptr + y_place, total.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def dense_expand_long_kernel(
+    z_ptr, w_ptr, base_ptr, y_ptr, num_tokens, width, num_rows,
+    BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HAS_BASE: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``y = base + z w`` for ``BN`` columns and every ``num_programs(1)``-th tile of tokens: ``w`` is read once.
+
+    All rank rows fit one block.
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = n < width
+    j = tl.arange(0, BR)
+    valid = j < num_rows
+    w = tl.load(w_ptr + j[:, None].to(tl.int64) * width + n[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    for t0 in tl.range(tl.program_id(1) * BM, num_tokens, tl.num_programs(1) * BM, num_stages=STAGES):
+        tokens = t0 + tl.arange(0, BM)
+        there = tokens < num_tokens
+        z = tl.load(z_ptr + tokens[:, None].to(tl.int64) * num_rows + j[None, :],
+                    mask=there[:, None] & valid[None, :], other=0.0)  # fmt: skip
+        place = tokens[:, None].to(tl.int64) * width + n[None, :]
+        mask = there[:, None] if EVEN else there[:, None] & inside[None, :]
+        total = tl.dot(z, w, input_precision=PRECISION)
+        if HAS_BASE:
+            total += tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=mask)

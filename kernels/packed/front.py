@@ -1,0 +1,105 @@
+"""From the public ops' operands to `packed_lora`: flat tokens, entries of ids and gates, and the launch shape."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from compose.kernels.stack import LoraStack
+
+if TYPE_CHECKING:
+    from compose.kernels.packed.table import TileTable
+
+MAX_RANK = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DENSE_ROWS = 256  # per adapter of a token: up to so many rank rows, masked products cost less than looking up
+_FEW_EXAMPLES = 512  # batch rows, and
+_FEW_TOKENS = 16  # tokens of each, up to which every token reads its own factors
+_TABLE_BLOCK = 64
+
+
+def supports(x: torch.Tensor, stack: LoraStack) -> str | None:
+    """Return why the Triton kernels cannot run these operands, or None; the interpreter counts as a device."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'adapter-compose[triton]')"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (x.is_cuda or interpreted):
+        return f"it runs on CUDA devices, not on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"it computes in float16, bfloat16 or float32, not in {x.dtype}"
+    if interpreted and x.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 products wrongly"
+    if stack.max_rank > MAX_RANK:
+        return f"it takes ranks up to {MAX_RANK}, not {stack.max_rank}"
+    return None
+
+
+def forward(
+    x: torch.Tensor,
+    stack: LoraStack,
+    ids: torch.Tensor | None,
+    gates: torch.Tensor | None,
+    *,
+    base: torch.Tensor | None,
+    reuse_base: bool,
+    precision: str,
+    tables: dict[int, TileTable] | None = None,
+) -> torch.Tensor:
+    """Return ``base + Σ_k g_k s B A x`` for ``x (B, D)`` or ``(B, T, D)``.
+
+    Args:
+        x: Input.
+        stack: Of the target.
+        ids: int64 ``(N, K)``; None: gates are dense.
+        gates: ``(N, K)`` or ``(N, E)``; None: 1. ``N`` divides ``M``, the number of tokens.
+        base: Added when given.
+        reuse_base: The result may be written over ``base``.
+        precision: ``"ieee"`` or ``"tf32"``.
+        tables: Sorted tokens kept between calls, by the number of adapters.
+    """
+    from compose.kernels.packed.launch import Packed, Route
+    from compose.kernels.packed.op import packed_lora
+
+    out = stack.b_RO.shape[1]
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if stack.num_rows == 0 or flat.shape[0] == 0:
+        return x.new_zeros(*x.shape[:-1], out) if base is None else base.clone()
+    base_MO = None if base is None else base.reshape(-1, out).contiguous()
+    reuse_base = reuse_base and base is not None and base.is_contiguous()
+    entries = (ids if ids is not None else gates).shape[0]  # type: ignore[union-attr]  # one of the two is given
+    per_entry = flat.shape[0] // entries
+    long = x.shape[0] > _FEW_EXAMPLES or (x.dim() == 3 and x.shape[1] > _FEW_TOKENS)
+    shape = _shape(stack, ids, per_entry, long=long)
+    index = stack.index
+    packed = Packed(stack.scaling_E, index.adapter_R, index.starts_E, index.ranks_E, stack.max_rank)
+    table = _table(ids, stack.num_adapters, tables) if shape == "tiles" and per_entry == 1 else None
+    ids = None if ids is None else ids.contiguous()
+    gates = None if gates is None else gates.contiguous()
+    route = Route(shape, ids, gates, per_entry, long, table, precision)
+    a, b = stack.a_RD.contiguous(), stack.b_RO.contiguous()
+    y = packed_lora(flat, a, b, packed, route, base_MO, reuse_base=reuse_base)
+    return y.view(*x.shape[:-1], out)
+
+
+def _shape(stack: LoraStack, ids: torch.Tensor | None, per_entry: int, *, long: bool) -> str:
+    """The launch shape; see the README of this folder."""
+    if ids is None or stack.num_rows <= _DENSE_ROWS * ids.shape[1]:
+        return "dense"
+    return "tiles" if long or per_entry > 1 else "rows"
+
+
+def _table(ids: torch.Tensor | None, num_adapters: int, tables: dict[int, TileTable] | None) -> TileTable | None:
+    """Tokens sorted by adapter, from ``tables`` where they are there."""
+    from compose.kernels.packed.table import tile_table
+
+    if ids is None:
+        return None
+    if tables is not None and num_adapters in tables:
+        return tables[num_adapters]
+    table = tile_table(ids, num_adapters, _TABLE_BLOCK)
+    if tables is not None and not torch.compiler.is_compiling():
+        tables[num_adapters] = table
+    return table

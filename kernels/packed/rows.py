@@ -1,0 +1,106 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Row kernels: few tokens, each with adapters of its own; plain multiply-adds, because no two tokens share a factor.
+
+Letters: ``M`` tokens, ``K`` adapters per token, ``P = M K`` pairs, ``D`` input and ``O`` output width, ``C`` splits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit(do_not_specialize=["pairs", "num_adapters", "tokens_per_entry"])
+def rows_shrink_kernel(
+    x_ptr, w_ptr, planes_ptr, ids_ptr, starts_ptr, ranks_ptr,
+    width, pairs, num_adapters, tokens_per_entry,
+    K: tl.constexpr, RM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """``planes[c, p] = w_e[:, part c] x_t[part c]`` for pair ``p`` of token ``t`` and adapter ``e``; dead ids: nothing."""
+    pair = tl.program_id(0)
+    split = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = pair // K
+    adapter = tl.load(ids_ptr + (token // tokens_per_entry) * K + pair % K)
+    if (adapter >= 0) & (adapter < num_adapters):
+        start = tl.load(starts_ptr + adapter)
+        rank = tl.load(ranks_ptr + adapter)
+        r = tl.arange(0, BR)
+        for r0 in range(0, rank, BR):
+            total = tl.zeros((BR, BK), tl.float32)
+            for step in tl.static_range(STEPS):
+                k = (split * STEPS + step) * BK + tl.arange(0, BK)
+                place = (start + r0 + r)[:, None].to(tl.int64) * width + k[None, :]
+                if EVEN:
+                    w = tl.load(w_ptr + place, mask=(r0 + r < rank)[:, None], other=0.0)
+                    x = tl.load(x_ptr + token.to(tl.int64) * width + k)
+                else:
+                    w = tl.load(w_ptr + place, mask=(r0 + r < rank)[:, None] & (k < width)[None, :], other=0.0)
+                    x = tl.load(x_ptr + token.to(tl.int64) * width + k, mask=k < width, other=0.0)
+                total += w.to(tl.float32) * x.to(tl.float32)[None, :]
+            out = planes_ptr + (split.to(tl.int64) * pairs + pair) * RM + r0 + r
+            tl.store(out, tl.sum(total, axis=1), mask=r0 + r < RM)
+
+
+@triton.jit
+def _row_sums(planes_ptr, pairs, pair, live, r, RM: tl.constexpr, C: tl.constexpr, CP: tl.constexpr):
+    """The planes of the rows ``(pair, r)`` added up in a fixed order."""
+    c = tl.arange(0, CP)
+    place = planes_ptr + (c[:, None].to(tl.int64) * pairs + pair[None, :]) * RM + r[None, :]
+    return tl.sum(tl.load(place, mask=(c < C)[:, None] & live[None, :], other=0.0), axis=0)
+
+
+@triton.jit(do_not_specialize=["pairs", "num_adapters", "tokens_per_entry", "longest"])
+def rows_expand_kernel(
+    planes_ptr, saved_ptr, w_ptr, base_ptr, y_ptr, ids_ptr, gates_ptr, scaling_ptr, starts_ptr, ranks_ptr,
+    width, pairs, num_adapters, tokens_per_entry, longest,
+    K: tl.constexpr, KP: tl.constexpr, RM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, HAS_GATES: tl.constexpr, HAS_BASE: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """``y_t = base_t + Σ_k c_tk Σ_r h_tk,r w_e[r]`` over ``BN`` columns; what does not depend on ``h`` is read early."""
+    token = tl.program_id(0)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = n < width
+    j = tl.arange(0, KP * BR)
+    slot = j // BR
+    entry = token // tokens_per_entry
+    adapter = tl.load(ids_ptr + entry * K + slot, mask=slot < K, other=-1)
+    known = (adapter >= 0) & (adapter < num_adapters)
+    start = tl.load(starts_ptr + adapter, mask=known, other=0)
+    rank = tl.load(ranks_ptr + adapter, mask=known, other=0)
+    c = tl.load(scaling_ptr + adapter, mask=known, other=0.0)
+    if HAS_GATES:
+        c = c * tl.load(gates_ptr + entry * K + slot, mask=known, other=0.0).to(tl.float32)
+    r = j % BR
+    place = w_ptr + (start + r)[:, None].to(tl.int64) * width + n[None, :]
+    if EVEN:
+        w = tl.load(place, mask=(r < rank)[:, None], other=0.0)
+    else:
+        w = tl.load(place, mask=(r < rank)[:, None] & inside[None, :], other=0.0)
+    y_place = token.to(tl.int64) * width + n
+    if HAS_BASE:
+        y = tl.load(base_ptr + y_place, mask=inside, other=0.0).to(tl.float32)
+    else:
+        y = tl.zeros((BN,), tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    pair = token * K + slot
+    h = _row_sums(planes_ptr, pairs, pair, r < rank, r, RM, C, CP)
+    if SAVE:
+        first = (tl.program_id(1) == 0) & (slot < K) & (r < RM)
+        tl.store(saved_ptr + pair.to(tl.int64) * RM + r, h, mask=first)
+    y += tl.sum((h * c)[:, None] * w.to(tl.float32), axis=0)
+    for r0 in range(BR, longest, BR):
+        w = tl.load(place + r0 * width, mask=(r0 + r < rank)[:, None] & inside[None, :], other=0.0)
+        h = _row_sums(planes_ptr, pairs, pair, r0 + r < rank, r0 + r, RM, C, CP)
+        if SAVE:
+            first = (tl.program_id(1) == 0) & (slot < K) & (r0 + r < RM)
+            tl.store(saved_ptr + pair.to(tl.int64) * RM + r0 + r, h, mask=first)
+        y += tl.sum((h * c)[:, None] * w.to(tl.float32), axis=0)
+    tl.store(y_ptr + y_place, y.to(y_ptr.dtype.element_ty), mask=inside)
