@@ -15,6 +15,7 @@ Call = Callable[[], object]
 def graph_time(calls: Sequence[Call], device: str, *, replays: int = 20) -> Timing:
     """Return seconds per call of a graph of ``calls``, one sample per replay, by CUDA events.
 
+    A graph that takes long is replayed less often, at least 5 times, so that slow baselines cost about a second.
     Every call runs once outside the graph first, so that nothing is compiled, tuned or allocated while it is captured.
     Without a GPU the calls are run once and the clock of the host says nothing about a kernel.
     """
@@ -23,6 +24,7 @@ def graph_time(calls: Sequence[Call], device: str, *, replays: int = 20) -> Timi
     replay = captured(calls, device)
     for _ in range(3):
         replay()
+    replays = max(min(5, replays), min(replays, int(1.0 / _host_seconds([replay], 1, device))))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
     torch.cuda.synchronize()
     for start, end in events:

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     _find_benchmarks()
-    from gpu.ops import make_importable, triton_version, write_records
+    from gpu.ops import make_importable, triton_version, write_record
 
     make_importable()
     import torch
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
             for record in llama_measure.run_targets(name, targets[name], setting, base):
                 print(format_record(record), flush=True)
                 records.append({**record, "backend": options.backend, "smoke": options.smoke})
-    if options.out:
-        write_records(records, environment, Path(options.out))
+                if options.out:
+                    write_record(records[-1], environment, Path(options.out))
     return 1 if any(record["status"] != "ok" for record in records) else 0
 
 

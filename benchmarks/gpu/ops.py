@@ -52,10 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
         record["took_s"] = round(time.perf_counter() - started, 2)
         print(format_record(record), flush=True)
         records.append(record)
+        if options.out:
+            write_record(record, environment, Path(options.out))
         if settings.device.startswith("cuda"):
             torch.cuda.empty_cache()
-    if options.out:
-        write_records(records, environment, Path(options.out))
     return 1 if any(record["status"] != "ok" for record in records) else 0
 
 
@@ -106,13 +106,11 @@ def _goal(check: dict[str, Any]) -> str:
     return f"{check['name']} {check['value']:.2f} goal {check['target']:g} {'met' if check['met'] else 'MISSED'}"
 
 
-def write_records(records: list[dict[str, Any]], environment: dict[str, Any], path: Path) -> None:
-    """Append one JSON line per record."""
+def write_record(record: dict[str, Any], environment: dict[str, Any], path: Path) -> None:
+    """Append one JSON line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps({"environment": environment, **record}) + "\n")
-    print(f"\nwrote {path}")
+        file.write(json.dumps({"environment": environment, **record}) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

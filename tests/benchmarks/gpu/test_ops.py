@@ -72,6 +72,13 @@ def test_a_case_runs_in_its_smoke_form(bench: SimpleNamespace, settings, name: s
     json.dumps(record)
 
 
+@pytest.mark.parametrize("name", ["t32-e32", "t32-e8-dense", "t128-e64-top2", "t128-mixed", "train-t16384-e8-dense"])
+def test_a_case_runs_through_the_interpreted_kernels(bench: SimpleNamespace, settings, name: str) -> None:
+    record = bench.measure.run_case(case_of(bench, name).shrunk(), replace(settings, backend="triton", quick=True))
+    assert record["status"] == "ok", record["reason"]
+    assert record["missing"] == {}
+
+
 @pytest.mark.parametrize("name", ["t32-e32", "t32-e8-dense", "t128-e64-top2", "train-t16384-e8-dense"])
 def test_a_perturbed_result_is_not_timed(
     bench: SimpleNamespace, settings, name: str, monkeypatch: pytest.MonkeyPatch
