@@ -37,7 +37,7 @@ def lowrank(
     """
     if torch.compiler.is_compiling():
         return _expand(_shrink(x_BTD, a) * c, b, base_BTO, 1.0)
-    if torch.is_grad_enabled() and _any_trained(x_BTD, a, b, c, base_BTO):
+    if differentiated(x_BTD, a, b, c, base_BTO):
         return _LowRank.apply(x_BTD, a, b, c, base_BTO)
     h, alpha = _shrink(x_BTD, a), 1.0
     if isinstance(c, float):
@@ -91,8 +91,11 @@ class _LowRank(torch.autograd.Function):
         return dx, da, db, dc, dy if need_base else None
 
 
-def _any_trained(*operands: torch.Tensor | float | None) -> bool:
-    return any(isinstance(operand, torch.Tensor) and operand.requires_grad for operand in operands)
+def differentiated(*operands: torch.Tensor | float | None) -> bool:
+    """Whether autograd records what is made of these operands."""
+    return torch.is_grad_enabled() and any(
+        isinstance(operand, torch.Tensor) and operand.requires_grad for operand in operands
+    )
 
 
 def _writable(base: torch.Tensor) -> bool:

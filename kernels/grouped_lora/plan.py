@@ -29,7 +29,8 @@ class GroupPlan:
         lowest: Smallest id, -1 for empty ids.
         highest: Largest id, -1 for empty ids.
         gathered: Per stack, factors a backend gathered for these ids; held as long as plan and stack live.
-        layouts: Index tensors a backend made for these ids, by what they depend on (the stack's ranks and the shape).
+        layouts: Index tensors a backend made for these ids, by the stack's ranks: shared by all stacks of these ranks,
+            and only those of the last number of tokens.
         tables: Tokens sorted by adapter on the device, by the number of adapters (Triton).
     """
 

@@ -10,13 +10,17 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from compose.kernels.lowrank import lowrank
+from compose.errors import BackendUnavailableError
+from compose.kernels import policy
+from compose.kernels.bags import bag_lowrank, make_bags
+from compose.kernels.grouped_lora.plan import plan_groups
+from compose.kernels.lowrank import differentiated, lowrank
 from compose.kernels.mixture_lora import parameters
-from compose.kernels.mixture_lora.plan import Factors, MixturePlan, chosen_lines, prepared
-from compose.kernels.policy import gather_cost, segments_cost, stacked_cost
+from compose.kernels.mixture_lora.plan import Factors, MixturePlan, chosen_lines, keeps, prepared
+from compose.kernels.routed import copies_factors, equal_factors, grouped_mm_refuses, routed_lowrank, sort_tokens
 from compose.kernels.stack import LoraStack
 
-Strategy = Literal["none", "select", "stacked", "gather", "scatter", "pairs"]
+Strategy = Literal["none", "select", "stacked", "rows", "segments", "grouped_mm", "padded", "bag"]
 
 
 def supports(x: torch.Tensor, stack: LoraStack) -> str | None:
@@ -93,25 +97,55 @@ def choose_dense(stack: LoraStack, active: dict[int, float] | None) -> Strategy:
     return "select" if 2 * sum(stack.ranks[adapter] for adapter in active) <= stack.num_rows else "stacked"
 
 
-def choose_sparse(stack: LoraStack, gates: torch.Tensor, tokens: int) -> Strategy:
-    """The cheapest strategy for gates with indices, by the cost model of ``compose.kernels.policy``.
+def choose_sparse(
+    stack: LoraStack, indices: torch.Tensor, tokens: int, *, training: bool, kept: bool = False
+) -> Strategy:
+    """The fastest strategy for gates with indices, by the measured costs of ``compose.kernels.policy``.
 
     Args:
         stack: Of the target.
-        gates: ``(K,)``, ``(B, 1, K)`` or ``(B, T, K)``.
+        indices: ``(K,)``, ``(B, 1, K)`` or ``(B, T, K)``; read only on the CPU, where every token has its own.
         tokens: ``B T``.
+        training: Whether backward follows.
+        kept: Whether gathered factors are kept from call to call.
     """
-    chosen, width = gates.shape[-1], stack.a_RD.shape[1] + stack.b_RO.shape[1]
-    if gates.dim() == 1:
-        return "gather" if 2 * chosen * stack.max_rank <= stack.num_rows else "scatter"
-    entries = gates.shape[0] * gates.shape[1]
-    costs: dict[Strategy, float] = {
-        "scatter": stacked_cost(tokens, stack.num_rows, width),
-        "gather": gather_cost(entries, tokens, chosen * stack.max_rank, width, cached=False),
-    }
-    if entries == tokens and not torch.compiler.is_compiling():
-        costs["pairs"] = segments_cost(tokens * chosen, min(stack.num_adapters, tokens * chosen), width)
-    return min(costs, key=costs.__getitem__)
+    if indices.dim() == 1:
+        return "rows" if 2 * indices.shape[0] * stack.max_rank <= stack.num_rows else "stacked"
+    per_token = indices.shape[0] * indices.shape[1] == tokens and indices.device.type == "cpu"
+    sortable = per_token and not kept and not torch.compiler.is_compiling()
+    work = sparse_work(stack, indices, tokens, count=sortable)
+    candidates = policy.allowed(work, stack, kept=kept)
+    if work.adapters == 0:
+        candidates = [strategy for strategy in candidates if strategy in ("stacked", "rows")]
+    op: policy.Op = "grouped" if kept else "mixture"
+    return policy.fastest(op, stack.a_RD.dtype, work, candidates, training=training)
+
+
+def sparse_work(stack: LoraStack, indices: torch.Tensor, tokens: int, *, count: bool) -> policy.Work:
+    """What the policy wants to know about indices ``(B, 1, K)`` or ``(B, T, K)``; ``count`` reads them."""
+    counts = _counts(stack, indices) if count else {}
+    ranks = [stack.ranks[adapter] for adapter in counts]
+    copies = bool(counts) and copies_factors(stack, tuple(counts), max(ranks))
+    return policy.Work(
+        tokens=tokens,
+        lists=indices.shape[0] * indices.shape[1],
+        chosen=indices.shape[2],
+        rank=stack.max_rank,
+        adapters=len(counts),
+        active_rows=stack.num_rows,
+        all_rows=stack.num_rows,
+        longest=max(counts.values()) if counts else 0,
+        products=sum(number * stack.ranks[adapter] for adapter, number in counts.items()),
+        copied_rows=len(counts) * max(ranks) if copies else 0,
+        width=stack.a_RD.shape[1] + stack.b_RO.shape[1],
+        itemsize=stack.a_RD.dtype.itemsize,
+    )
+
+
+def _counts(stack: LoraStack, indices: torch.Tensor) -> dict[int, int]:
+    """How many tokens choose each adapter that has rank rows; ascending."""
+    counts = torch.bincount(indices.reshape(-1) + 1, minlength=1).tolist()[1:]
+    return {adapter: count for adapter, count in enumerate(counts) if count and stack.ranks[adapter]}
 
 
 def _dense(call: _Call, strategy: Strategy | None) -> torch.Tensor:
@@ -149,11 +183,15 @@ def _stacked(call: _Call, gates: torch.Tensor) -> torch.Tensor:
 
 
 def _sparse(call: _Call, indices: torch.Tensor, strategy: Strategy | None) -> torch.Tensor:
-    strategy = strategy or choose_sparse(call.stack, call.gates, call.x_BTD.shape[0] * call.x_BTD.shape[1])
-    if strategy == "scatter":
-        return _stacked(call, scatter(call.gates, indices, call.stack.num_adapters))
-    if strategy == "pairs":
-        return _pairs(call, indices)
+    stack, tokens = call.stack, call.x_BTD.shape[0] * call.x_BTD.shape[1]
+    if strategy is None:
+        operands = (call.x_BTD, call.gates, stack.a_RD, stack.b_RO, stack.scaling_E, call.base_BTO)
+        kept = indices.dim() == 3 and keeps(call.plan, stack, call.gates, indices.numel() * stack.max_rank)
+        strategy = choose_sparse(stack, indices, tokens, training=differentiated(*operands), kept=kept)
+    if strategy == "stacked":
+        return _stacked(call, scatter(call.gates, indices, stack.num_adapters))
+    if strategy in ("segments", "grouped_mm", "padded", "bag"):
+        return _per_token(strategy, call, indices)
     if call.gates.dim() == 1 or call.gates.shape[1] == 1:
         return _gather(call, indices)
     batch, tokens, chosen = call.gates.shape
@@ -192,27 +230,29 @@ def _gathered(call: _Call, indices: torch.Tensor) -> Factors:
     return Factors(a.masked_fill_(unused[..., None], 0.0), b.masked_fill_(unused[..., None], 0.0), c)
 
 
-def _pairs(call: _Call, indices: torch.Tensor) -> torch.Tensor:
-    """Sort (token, adapter) pairs by adapter; two products per adapter; sort back and add up the pairs of a token."""
-    x_BTD, stack, chosen = call.x_BTD, call.stack, call.gates.shape[-1]
-    sorted_ids, order = indices.reshape(-1).sort(stable=True)
-    values, counts = sorted_ids.unique_consecutive(return_counts=True)
-    sorted_x = x_BTD.reshape(-1, x_BTD.shape[-1]).index_select(0, order // chosen)
+def _per_token(strategy: Strategy, call: _Call, indices: torch.Tensor) -> torch.Tensor:
+    """Strategies that handle the adapters of every token: pairs sorted by adapter, or one bag of rows per token."""
+    x_BTD, stack, chosen = call.x_BTD, call.stack, indices.shape[-1]
+    x_TD, base = x_BTD.flatten(0, 1), None if call.base_BTO is None else call.base_BTO.flatten(0, 1)
     scaled = call.gates * stack.scaling_E.to(call.gates.dtype)[indices.clamp(min=0)]
-    sorted_c = scaled.reshape(-1).index_select(0, order).to(x_BTD.dtype)
-    parts, start = [], 0
-    for adapter, count in zip(values.tolist(), counts.tolist(), strict=True):
-        stop = start + count
-        if adapter < 0:
-            parts.append(sorted_x.new_zeros(count, stack.b_RO.shape[1]))
-        else:
-            c = sorted_c[None, start:stop, None]
-            parts.append(lowrank(sorted_x[None, start:stop], *stack.factors(adapter), c, None)[0])
-        start = stop
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    delta = torch.cat(parts).index_select(0, inverse).view(*x_BTD.shape[:2], chosen, -1).sum(2)
-    return delta if call.base_BTO is None else call.base_BTO + delta
+    c_P = scaled.reshape(-1).to(x_BTD.dtype)
+    if strategy == "bag":
+        return bag_lowrank(x_TD, stack, c_P, base, make_bags(stack, indices.reshape(-1, chosen))).view(
+            *x_BTD.shape[:2], -1
+        )
+    layout = sort_tokens(plan_groups(indices.reshape(-1)), stack.ranks, chosen=chosen, padded=strategy == "padded")
+    if not layout.adapters:
+        return _nothing(x_BTD, stack, call.base_BTO)
+    spans: tuple[tuple[int, int], ...] = ()
+    if strategy == "segments":
+        factors = (stack.a_RD, stack.b_RO)
+        spans = tuple((stack.offsets[adapter], stack.offsets[adapter + 1]) for adapter in layout.adapters)
+    else:
+        if strategy == "grouped_mm" and (reason := grouped_mm_refuses(stack)):
+            raise BackendUnavailableError(f"mixture_lora: grouped_mm cannot run here: {reason}; use another strategy")
+        factors = equal_factors(stack, layout.adapters, aligned=strategy == "grouped_mm")
+    y = routed_lowrank(x_TD, factors, layout.spread(c_P), base, layout, spans)
+    return y.view(*x_BTD.shape[:2], -1)
 
 
 def _nothing(x_BTD: torch.Tensor, stack: LoraStack, base_BTO: torch.Tensor | None) -> torch.Tensor:

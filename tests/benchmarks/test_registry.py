@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from compose.engine.layers import ComposedLinear
+from compose.kernels.grouped_lora import cpu as grouped_cpu
+from compose.kernels.mixture_lora import cpu as mixture_cpu
 from compose.merging.deltas import Deltas, Factors
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -77,9 +79,14 @@ def test_a_perturbed_output_turns_the_gate_red(
     def perturbed_merge(self: Deltas, coefficients: torch.Tensor) -> Factors:
         return combine(self, 1.1 * coefficients)
 
+    def perturbed_kernel(*operands: object, **options: object) -> torch.Tensor:
+        return grouped_forward(*operands, **options) * 1.1
+
+    grouped_forward = grouped_cpu.forward
     points = bench.cases[name].points(quick)
     point = next(points)
     point.gate()
+    monkeypatch.setattr(grouped_cpu, "forward", perturbed_kernel)
     monkeypatch.setattr(ComposedLinear, "forward", perturbed)
     monkeypatch.setattr(Deltas, "combine", perturbed_merge)
     record = bench.run.run_point(point)
@@ -164,3 +171,14 @@ def test_a_check_knows_whether_its_target_is_met(bench: SimpleNamespace) -> None
     assert check("speed-up", 2.0, ">=", 1.5).met is True
     assert check("overhead", 2.0, "<=", 1.5).met is False
     assert check("seconds", 2.0).met is None
+
+
+def test_every_gate_of_the_kernels_sees_its_result(
+    bench: SimpleNamespace, quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (grouped_cpu, mixture_cpu):
+        forward = module.forward
+        monkeypatch.setattr(module, "forward", lambda *a, forward=forward, **k: forward(*a, **k) * 1.1)
+    for point in bench.cases["kernels_cpu"].points(quick):
+        with pytest.raises(AssertionError, match="relative errors"):
+            point.gate()

@@ -3,13 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compose.errors import BackendUnavailableError
 from compose.kernels.grouped_lora import cpu, reference
 from compose.kernels.grouped_lora.plan import plan_groups
+from compose.kernels.stack import LoraStack
+
+STRATEGIES = ["rows", "stacked", "segments", "padded", "bag"]
+LOW_PRECISION = [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("equal_scaling", [False, True], ids=["scalings differ", "equal scalings"])
-@pytest.mark.parametrize("strategy", ["rows", "stacked", "segments"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("shape", [(6,), (6, 5)], ids=["rows", "tokens"])
 def test_every_strategy_equals_the_reference(make_stack, shape, strategy, equal_scaling, trained):
     stack = make_stack(trained=trained, equal_scaling=equal_scaling)
@@ -22,7 +27,7 @@ def test_every_strategy_equals_the_reference(make_stack, shape, strategy, equal_
         torch.testing.assert_close(y, expected if given is not None else expected - base)
 
 
-@pytest.mark.parametrize("strategy", ["rows", "stacked", "segments"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("shape", [(6,), (6, 5)], ids=["rows", "tokens"])
 def test_every_strategy_has_the_gradients_of_the_reference(make_stack, same_gradients, shape, strategy):
     stack = make_stack(trained=True)
@@ -33,7 +38,7 @@ def test_every_strategy_has_the_gradients_of_the_reference(make_stack, same_grad
     same_gradients(torch.autograd.grad(y.square().sum(), leaves), expected, leaves)
 
 
-@pytest.mark.parametrize("strategy", ["single", "rows", "stacked", "segments"])
+@pytest.mark.parametrize("strategy", ["single", *STRATEGIES])
 @pytest.mark.parametrize("changed", ["a_RD", "b_RO", "scaling_E"])
 def test_what_a_plan_keeps_is_dropped_when_a_factor_is_written_to(make_stack, strategy, changed):
     stack, ids = make_stack(), torch.tensor([2, 2, 2])
@@ -95,20 +100,99 @@ def test_inference_mode_and_training_can_share_a_plan(make_stack, first):
         step()
 
 
+def _exact(stack: LoraStack) -> LoraStack:
+    """The same numbers in float64, as leaves of their own."""
+    a, b, scaling = (t.detach().double().requires_grad_() for t in (stack.a_RD, stack.b_RO, stack.scaling_E))
+    return LoraStack(a, b, scaling, stack.ranks)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), LOW_PRECISION, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("expanded", [False, True], ids=["gradient", "expanded gradient"])
+@pytest.mark.parametrize("ranks", [(3, 0, 8, 1, 16), (3, 3, 3, 3, 3), (8, 8, 8, 8, 8)], ids=str)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "grouped_mm"])
 @pytest.mark.parametrize(
-    ("ranks", "ids", "tokens", "expected"),
-    [
-        ((8,) * 32, [5] * 32, 1, "single"),
-        ((8,) * 32, [-1] * 32, 1, "none"),
-        ((0, 8), [0] * 4, 1, "none"),
-        ((8,) * 32, list(range(32)), 1, "rows"),
-        ((8,) * 32, list(range(32)), 64, "rows"),
-        ((1,) * 32, [0, 1] * 16, 1, "stacked"),
-        ((8,) * 32, list(range(32)) * 64, 1, "segments"),
-    ],
-    ids=["one adapter", "none", "rank 0", "decode", "prompt", "few rank rows", "many entries"],
+    "ids",
+    [[0, 2, -1, 2, 4, 3], [4, 4, 4, 4, 4, 0], [[1, 1, 0, 2, 2]] * 3 + [[-1, 4, 4, 3, -1]] * 3],
+    ids=["rows", "one takes most", "tokens"],
 )
-def test_the_policy_picks_the_measured_winner(make_stack, ranks, ids, tokens, expected):
-    stack = make_stack(ranks, width=256, out=256, dtype=torch.float32)
+def test_every_strategy_in_low_precision_has_the_results_and_gradients_of_float64(
+    make_stack, ids, strategy, ranks, expanded, dtype, bound
+):
+    stack = make_stack(ranks, 16, 24, dtype=dtype, trained=True)
+    ids, exact = torch.tensor(ids), _exact(stack)
+    x = torch.randn(6, 5, 16).to(dtype).requires_grad_()
+    double = x.detach().double().requires_grad_()
+    y = cpu.forward(x, stack, ids, base=None, plan=plan_groups(ids), strategy=strategy)
+    expected = reference.forward(double, exact, ids, base=None)
+    assert (y - expected).norm() <= bound * expected.norm()
+    seed = torch.randn(6, 5, 24).to(dtype)
+    losses = [t.sum() if expanded else (t * seed.to(t.dtype)).sum() for t in (y, expected)]
+    got = torch.autograd.grad(losses[0], (x, stack.a_RD, stack.b_RO, stack.scaling_E))
+    wanted = torch.autograd.grad(losses[1], (double, exact.a_RD, exact.b_RO, exact.scaling_E))
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert (mine - theirs).norm() <= bound * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_widths_that_grouped_mm_refuses_run_by_other_strategies(make_stack, dtype):
+    stack = make_stack((3, 3, 3), 130, 130, dtype=dtype)
+    x, ids = torch.randn(6, 130).to(dtype), torch.tensor([0, 1, 2, 0, 1, -1])
+    plan = plan_groups(ids)
+    with pytest.raises(BackendUnavailableError, match="rows of 130"):
+        cpu.forward(x, stack, ids, base=None, plan=plan, strategy="grouped_mm")
+    expected = reference.forward(x.double(), _exact(stack), ids, base=None)
+    for strategy in (*STRATEGIES, None):
+        y = cpu.forward(x, stack, ids, base=None, plan=plan, strategy=strategy)
+        assert (y - expected).norm() <= 2e-2 * expected.norm()
+
+
+def test_stacks_of_equal_ranks_share_a_layout_and_a_new_length_replaces_it(make_stack, monkeypatch):
+    calls = []
+    sort = cpu.sort_tokens
+    monkeypatch.setattr(cpu, "sort_tokens", lambda *args, **kwargs: calls.append(1) or sort(*args, **kwargs))
+    ids = torch.tensor([2, 0, 4])
+    plan, first, second = plan_groups(ids), make_stack(), make_stack(width=9)
+    for stack, tokens in ((first, 5), (first, 5), (second, 5), (first, 2)):
+        x = torch.randn(3, tokens, stack.a_RD.shape[1], dtype=torch.float64)
+        y = cpu.forward(x, stack, ids, base=None, plan=plan, strategy="segments")
+        torch.testing.assert_close(y, reference.forward(x, stack, ids, base=None))
+    assert len(calls) == 2
+    assert len(plan.layouts) == 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ids", "tokens", "dtype", "expected"),
+    [
+        ((8,) * 32, [5] * 32, 1, torch.float32, "single"),
+        ((8,) * 32, [-1] * 32, 1, torch.float32, "none"),
+        ((0, 8), [0] * 4, 1, torch.float32, "none"),
+        ((8,) * 32, list(range(32)), 1, torch.float32, "rows"),
+        ((8,) * 32, list(range(32)), 64, torch.float32, "rows"),
+        ((1,) * 32, [0, 1] * 64, 1, torch.float32, "stacked"),
+        ((64,) * 4, list(range(4)) * 512, 1, torch.float64, "segments"),
+        ((16,) * 64, list(range(64)) * 16, 1, torch.bfloat16, "padded"),
+    ],
+    ids=["one adapter", "none", "rank 0", "decode", "prompt", "few rank rows", "float64", "bfloat16"],
+)
+def test_the_policy_picks_the_measured_winner(make_stack, ranks, ids, tokens, dtype, expected):
+    stack = make_stack(ranks, width=256, out=256, dtype=dtype)
     plan = plan_groups(torch.tensor(ids))
-    assert cpu.choose(stack, plan, tokens * len(ids), cached=True) == expected
+    assert cpu.choose(stack, plan, tokens * len(ids), training=False) == expected
+
+
+def test_training_is_ranked_by_its_own_costs(make_stack, monkeypatch):
+    asked = []
+    fastest = cpu.policy.fastest
+    monkeypatch.setattr(
+        cpu.policy, "fastest", lambda *args, training: asked.append(training) or fastest(*args, training=training)
+    )
+    ids, x = torch.tensor([2, 0, 4]), torch.randn(3, 13, dtype=torch.float64)
+    stack, plan = make_stack(), plan_groups(ids)
+    cpu.forward(x, stack, ids, base=None, plan=plan)
+    cpu.forward(x.requires_grad_(), stack, ids, base=None, plan=plan)
+    with torch.no_grad():
+        cpu.forward(x, stack, ids, base=None, plan=plan)
+    trained = make_stack(trained=True)
+    for _ in range(2):
+        cpu.forward(x, trained, ids, base=None, plan=plan)
+    assert asked == [False, True, True]  # and each was asked once
