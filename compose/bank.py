@@ -20,7 +20,7 @@ from compose.adapter import Adapter, LowRank, TargetKind
 from compose.errors import AdapterFormatError, DuplicateNameError, IncompatibleError, UnknownNameError
 from compose.formats import discover, format_of
 from compose.formats.entry import Entry, FileEntry, MemoryEntry
-from compose.formats.header import check_name, natural_key
+from compose.formats.header import TargetHeader, check_name, natural_key
 from compose.kernels.stack import LoraStack
 
 _SHOWN_PROBLEMS = 20
@@ -173,6 +173,15 @@ class Bank:
             shown = ", ".join(self.names[:20]) + (f" and {len(self) - 20} more" if len(self) > 20 else "")
             raise UnknownNameError(f"unknown adapter {name!r}; {hint}(known: {shown})")
         return self._index[name]
+
+    def shapes(self, name: str) -> Mapping[str, TargetHeader]:
+        """Return one adapter's targets as its header states them: rank, widths, scaling, dtype. Nothing is read.
+
+        Raises:
+            UnknownNameError: No such adapter.
+        """
+        self.index(name)
+        return self._entries[name].shapes
 
     def select(self, names: Iterable[str]) -> Bank:
         """Return a bank of ``names`` in the order given; what is loaded here is not read from files again.

@@ -16,13 +16,26 @@ class RuntimeState:
     """What one handle's layers read in every forward; owned by the handle, never global.
 
     Attributes:
-        active: The coefficients in force, or ``None`` for the bare base model.
+        placed: ``active`` in the numbering of the layers' stacks: what layers apply. Another object where the stacks
+            hold only part of the bank.
         backend: Kernel backend name.
     """
 
-    def __init__(self, backend: str) -> None:
-        self.active: Selection | None = None
+    def __init__(self, backend: str, place: Callable[[Selection | None], Selection | None] | None = None) -> None:
         self.backend = backend
+        self.placed: Selection | None = None
+        self._active: Selection | None = None
+        self._place = place
+
+    @property
+    def active(self) -> Selection | None:
+        """The coefficients in force, or ``None`` for the bare base model."""
+        return self._active
+
+    @active.setter
+    def active(self, selection: Selection | None) -> None:
+        self.placed = selection if self._place is None else self._place(selection)
+        self._active = selection
 
 
 class _ComposedLayer(nn.Module):
@@ -92,7 +105,7 @@ class ComposedLinear(_ComposedLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``(B, D)`` or ``(B, T, D)`` -> the same with ``O``; further arguments go to the base layer."""
         base = self.base_layer(x, *args, **kwargs)
-        active = self._state.active
+        active = self._state.placed
         if active is None:
             return base
         call = LayerCall(self.stack, base, self.target, self._state.backend, self._owns_output())
@@ -120,7 +133,7 @@ class ComposedEmbedding(_ComposedLayer):
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """``(B, T)`` token ids -> ``(B, T, O)``."""
         base = self.base_layer(ids_BT)
-        active = self._state.active
+        active = self._state.placed
         if active is None:
             return base
         stack = self.stack

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from compose.kernels.grouped_lora.plan import GroupPlan
+from compose.kernels.slots import live_ranks
 from compose.kernels.stack import LoraStack
 
 
@@ -25,8 +26,8 @@ def forward(
     """``y = base + Σ_e [id = e] s_e B_e A_e x``; see ``op.grouped_lora``."""
     y = x.new_zeros(*x.shape[:-1], stack.b_RO.shape[1]) if base is None else base + 0.0
     ids = ids if ids.dim() == x.dim() - 1 else ids[:, None]
-    for adapter in range(stack.num_adapters):
-        rows = slice(stack.offsets[adapter], stack.offsets[adapter + 1])
+    for adapter, rank in enumerate(live_ranks(stack)):
+        rows = slice(stack.offsets[adapter], stack.offsets[adapter] + rank)
         scaling = stack.scaling_E[adapter].to(x.dtype)
         delta = (x @ stack.a_RD[rows].T * scaling) @ stack.b_RO[rows]
         y = y + torch.where((ids == adapter)[..., None], delta, 0.0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from compose.kernels.mixture_lora.plan import MixturePlan
+from compose.kernels.slots import live_ranks
 from compose.kernels.stack import LoraStack
 
 
@@ -24,38 +27,60 @@ def forward(
     plan: MixturePlan | None = None,
     reuse_base: bool = False,
 ) -> torch.Tensor:
-    """Both sums of ``op.mixture_lora``, adapter by adapter, with gates spread to one per token."""
+    """Both sums of ``op.mixture_lora``, adapter by adapter; gates with indices are added up in their own order.
+
+    So a result depends on the adapters a row names and not on the numbers they have in the stack.
+    """
     y = x.new_zeros(*x.shape[:-1], stack.b_RO.shape[1]) if base is None else base + 0.0
-    gate = [_gate_of(adapter, gates, indices) for adapter in range(stack.num_adapters)]
-    gate = [_per_token(values, x).to(x.dtype) for values in gate]
+    ranks = live_ranks(stack)
+    rows = [slice(first, first + rank) for first, rank in zip(stack.offsets, ranks, strict=False)]
+    scaling = [stack.scaling_E[adapter].to(x.dtype) for adapter in range(stack.num_adapters)]
     if combine == "outputs":
-        for adapter, g in enumerate(gate):
-            rows = slice(stack.offsets[adapter], stack.offsets[adapter + 1])
-            scaling = stack.scaling_E[adapter].to(x.dtype)
-            y = y + g[..., None] * scaling * (x @ stack.a_RD[rows].T @ stack.b_RO[rows])
-        return y
-    h = x.new_zeros(*x.shape[:-1], stack.max_rank)
-    for adapter, g in enumerate(gate):
-        rows = slice(stack.offsets[adapter], stack.offsets[adapter + 1])
-        root = stack.scaling_E[adapter].to(x.dtype).abs().sqrt()
-        missing = stack.max_rank - stack.ranks[adapter]
-        h = h + torch.nn.functional.pad(g[..., None] * root * (x @ stack.a_RD[rows].T), (0, missing))
-    for adapter, g in enumerate(gate):
-        rows = slice(stack.offsets[adapter], stack.offsets[adapter + 1])
-        scaling = stack.scaling_E[adapter].to(x.dtype)
-        root = scaling.abs().sqrt() * scaling.sign()
-        y = y + g[..., None] * root * (h[..., : stack.ranks[adapter]] @ stack.b_RO[rows])
-    return y
+
+        def output(adapter: int) -> torch.Tensor:
+            return scaling[adapter] * (x @ stack.a_RD[rows[adapter]].T @ stack.b_RO[rows[adapter]])
+
+        return _add_gated(y, output, gates, indices, stack.num_adapters)
+    widest = max(ranks, default=0)
+
+    def shrunk(adapter: int) -> torch.Tensor:
+        root = scaling[adapter].abs().sqrt()
+        return torch.nn.functional.pad(root * (x @ stack.a_RD[rows[adapter]].T), (0, widest - ranks[adapter]))
+
+    h = _add_gated(x.new_zeros(*x.shape[:-1], widest), shrunk, gates, indices, stack.num_adapters)
+
+    def expanded(adapter: int) -> torch.Tensor:
+        root = scaling[adapter].abs().sqrt() * scaling[adapter].sign()
+        return root * (h[..., : ranks[adapter]].contiguous() @ stack.b_RO[rows[adapter]])
+
+    return _add_gated(y, expanded, gates, indices, stack.num_adapters)
 
 
-def _gate_of(adapter: int, gates: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
-    """The gate of one adapter: ``()``, ``(B,)`` or ``(B, T)``; an adapter chosen twice counts twice."""
+def _add_gated(
+    total: torch.Tensor,
+    update: Callable[[int], torch.Tensor],
+    gates: torch.Tensor,
+    indices: torch.Tensor | None,
+    num_adapters: int,
+) -> torch.Tensor:
+    """``total + Σ g_e update(e)``; an adapter chosen twice counts twice."""
     if indices is None:
-        return gates[..., adapter]
-    return torch.where(indices == adapter, gates, 0.0).sum(-1)
+        for adapter in range(num_adapters):
+            total = total + _per_token(gates[..., adapter], total) * update(adapter)
+        return total
+    parts = [torch.zeros_like(total)] * gates.shape[-1]
+    for adapter in range(num_adapters):
+        one = update(adapter)
+        for place, part in enumerate(parts):
+            chosen = _per_token(indices[..., place] == adapter, total)
+            parts[place] = part + torch.where(chosen, _per_token(gates[..., place], total) * one, 0.0)
+    for part in parts:
+        total = total + part
+    return total
 
 
-def _per_token(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    while gate.dim() < x.dim() - 1:
+def _per_token(gate: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Spread ``()``, ``(B,)`` or ``(B, T)`` to the dimensions of ``like``, in its dtype unless it is a mask."""
+    while gate.dim() < like.dim():
         gate = gate.unsqueeze(-1)
-    return gate
+    return gate if gate.dtype == torch.bool else gate.to(like.dtype)
