@@ -1,4 +1,4 @@
-"""``compose generate``: text from the base model with one adapter, given weights, or a run's result in force."""
+"""``compose generate``: text from the base model with adapters or weights in force, for all prompts or for each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from compose.cli import COMMANDS, Command
 from compose.cli.console import print_json
-from compose.cli.options import OUTPUT, Banks, Base, Device, Dtype, Json
+from compose.cli.options import OUTPUT, Banks, Base, Device, Dtype, Force, Json
 from compose.errors import ComposeError
 
 if TYPE_CHECKING:
@@ -30,6 +30,23 @@ Weights = Annotated[
     typer.Option("--weights", metavar="RUN|JSON", help="A run folder, a JSON file, or {'name': weight} as JSON."),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.", rich_help_panel=OUTPUT)]
+Requests = Annotated[
+    str | None,
+    typer.Option(
+        "--requests",
+        metavar="FILE",
+        help="JSONL: prompt, and adapter or weights, optionally id and max_new_tokens; - reads standard input.",
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, help="With --requests: how many run at a time.", rich_help_panel=OUTPUT)
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="FILE", help="With --requests: results, instead of stdout.", rich_help_panel=OUTPUT
+    ),
+]
 
 
 def generate(  # noqa: PLR0913 - one parameter per option
@@ -39,8 +56,12 @@ def generate(  # noqa: PLR0913 - one parameter per option
     prompt: Prompt = None,
     adapter: AdapterName = None,
     weights: Weights = None,
+    requests: Requests = None,
     demo: Annotated[bool, typer.Option("--demo", help="Use the shipped base model and bank.")] = False,
     max_new_tokens: MaxNewTokens = 64,
+    batch_size: BatchSize = 16,
+    out: Out = None,
+    force: Force = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     json: Json = False,
@@ -49,8 +70,14 @@ def generate(  # noqa: PLR0913 - one parameter per option
 
     Prompts pass through the model's prompt template (compose.json beside its weights), as in a search. Without
     --adapter and --weights the bare base model answers.
+
+    With --requests every prompt has its own adapter, weights or neither; --adapter and --weights serve those without
+    their own. All run in one batch which a waiting request joins as soon as another is done. One JSON line per request
+    is written when it finishes: index, id, text, new_tokens, reason (stop or length).
     """
-    prompts = _prompts([*(prompt or []), *(texts or [])])
+    given = [*(prompt or []), *(texts or [])]
+    prompts = _prompts(given) if requests is None else []
+    _check_outputs(requests, given, out, json=json)
     base_path, folders = _sources(base, bank, demo=demo)
     if adapter is not None and weights is not None:
         raise ComposeError("--adapter and --weights exclude each other; give one of them")
@@ -60,6 +87,12 @@ def generate(  # noqa: PLR0913 - one parameter per option
     from compose.cli.loading import load_base
 
     chosen = read_weights(weights) if weights is not None else None if adapter is None else one_adapter(adapter)
+    if requests is not None:
+        from compose.cli.generate_requests import RequestJob, answer_requests
+
+        job = RequestJob(requests, folders, chosen, max_new_tokens, batch_size, out, force)
+        answer_requests(job, lambda: load_base(base_path, device=device, dtype=dtype))
+        return
     loaded = load_base(base_path, device=device, dtype=dtype)
     answers = _answers(loaded, prompts, folders, chosen, max_new_tokens)
     if json:
@@ -107,6 +140,17 @@ def _prompts(given: list[str]) -> list[str]:
     return prompts
 
 
+def _check_outputs(requests: str | None, given: list[str], out: Path | None, *, json: bool) -> None:
+    if requests is None:
+        if out is not None:
+            raise ComposeError("--out goes with --requests; other answers go to stdout")
+        return
+    if given:
+        raise ComposeError("--requests brings its own prompts; leave out the others")
+    if json:
+        raise ComposeError("--requests writes JSON lines, one per request; leave out --json")
+
+
 def _sources(base: str | None, bank: list[Path] | None, *, demo: bool) -> tuple[str, list[Path]]:
     if demo:
         if base or bank:
@@ -126,7 +170,9 @@ COMMANDS.register("generate")(
         examples=(
             "compose generate --base ./base --bank ./bank --adapter reverse_words --prompt 'Reverse: a b c'",
             "compose generate --base ./base --bank ./bank --weights runs/task - < prompts.txt",
-            """compose generate --demo --weights '{"upper": 0.7, "sort_words": 0.4}' --prompt 'Sort: b a'""",
+            """compose generate --demo --weights '{"capitals": 0.7, "sort_words": 0.4}' --prompt 'Sort: b a'""",
+            "compose generate --demo --requests requests.jsonl --batch-size 32 --out answers.jsonl",
+            """echo '{"prompt": "Do it: a b", "adapter": "capitals"}' | compose generate --demo --requests -""",
         ),
     )
 )

@@ -70,6 +70,22 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return Workspace(root / "base", root / "bank", examples, test)
 
 
+@pytest.fixture(scope="session")
+def strong(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bank whose two adapters change what the tiny model says."""
+    folder = tmp_path_factory.mktemp("strong")
+    for seed, name in enumerate(("one", "two")):
+        generator = torch.Generator().manual_seed(seed)
+        targets = {
+            f"model.layers.{layer}.mlp.down_proj": LowRank(
+                torch.randn(2, 24, generator=generator), torch.randn(16, 2, generator=generator), 50.0
+            )
+            for layer in range(2)
+        }
+        write_adapter(Adapter(name, "tiny-base", targets), folder / name)
+    return folder
+
+
 @pytest.fixture
 def search_options(workspace: Workspace) -> list[str]:
     """The options of a small search, all but ``--out``."""

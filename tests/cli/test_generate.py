@@ -7,13 +7,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from compose.adapter import Adapter, LowRank
 from compose.bank import Bank
 from compose.cli.chosen_weights import read_weights
 from compose.cli.main import build_app
 from compose.engine.attach import attach
 from compose.errors import ComposeError, IncompatibleError
-from compose.formats.peft import write_adapter
 
 
 def generate(workspace, *arguments: object, bank: Path | None = None, stdin: str | None = None):
@@ -25,22 +23,6 @@ def generate(workspace, *arguments: object, bank: Path | None = None, stdin: str
 def texts(result) -> list[str]:
     assert result.exit_code == 0, result.output
     return [item["text"] for item in json.loads(result.stdout)["outputs"]]
-
-
-@pytest.fixture(scope="module")
-def strong(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bank whose two adapters change what the tiny model says."""
-    folder = tmp_path_factory.mktemp("strong")
-    for seed, name in enumerate(("one", "two")):
-        generator = torch.Generator().manual_seed(seed)
-        targets = {
-            f"model.layers.{layer}.mlp.down_proj": LowRank(
-                torch.randn(2, 24, generator=generator), torch.randn(16, 2, generator=generator), 50.0
-            )
-            for layer in range(2)
-        }
-        write_adapter(Adapter(name, "tiny-base", targets), folder / name)
-    return folder
 
 
 def test_an_adapter_changes_the_answer_and_equals_weight_one(workspace, strong: Path) -> None:
