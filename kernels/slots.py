@@ -131,7 +131,8 @@ class LoraSlots:
         if self._live[slot] is None:
             raise IncompatibleError(f"slot {slot} is empty already")
         with torch.inference_mode(False), torch.no_grad():
-            torch._foreach_zero_(self.stale(slot, 0))
+            if stale := self.stale(slot, 0):
+                torch._foreach_zero_(stale)
             self.stack.scaling_E[slot].zero_()
             self.stack.index.ranks_E[slot].zero_()
         self._live[slot] = None

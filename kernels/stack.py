@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,6 +49,7 @@ class LoraStack:
         ranks: Rank of every adapter, ``E`` entries.
         index: Built from ``ranks`` when not given.
         offsets: ``E + 1`` row offsets, derived from ``ranks``.
+        derived: What backends made from this stack once and keep with it.
     """
 
     a_RD: torch.Tensor
@@ -57,6 +58,7 @@ class LoraStack:
     ranks: tuple[int, ...]
     index: RowIndex = field(default=None, repr=False)  # type: ignore[assignment]  # filled in below
     offsets: tuple[int, ...] = field(init=False, repr=False)
+    derived: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
     _casts: dict[torch.dtype, tuple[tuple[int, int, int], LoraStack]] = field(
         init=False, repr=False, default_factory=dict
     )
@@ -85,7 +87,7 @@ class LoraStack:
     @property
     def max_rank(self) -> int:
         """Largest rank; 0 for an empty stack."""
-        return max(self.ranks, default=0)
+        return max((0, *self.ranks))
 
     @property
     def b_cat(self) -> torch.Tensor:

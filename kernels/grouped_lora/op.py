@@ -43,8 +43,8 @@ def grouped_lora(
         base: ``(B, O)`` or ``(B, T, O)``, the frozen layer's output. None: the update alone.
         plan: ``plan_groups(ids)``, made once and passed to every layer; without it each call makes its own. The Triton
             backend needs none and reads ``ids`` anew in every call (and in every replay of a CUDA graph).
-        backend: ``"auto"`` (Triton on CUDA where it can run, else ``"cpu"``), ``"triton"``, ``"cpu"`` (fast torch code,
-            any device) or ``"reference"``.
+        backend: ``"auto"`` (Triton on CUDA where it can run, else ``"cpu"``), ``"triton"``, ``"cpu"`` (fast torch
+            code, any device) or ``"reference"``.
         reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that
             own it. By default ``base`` is never written to and the result is new memory.
         input_precision: Of float32 products under Triton: ``"ieee"``, or ``"tf32"`` (about three decimal digits).

@@ -23,7 +23,7 @@ BACKENDS = {"triton": triton, "cpu": cpu, "reference": reference}
 Combine = Literal["outputs", "parameters"]
 
 
-def mixture_lora(
+def mixture_lora(  # noqa: PLR0913 - one parameter per part of the formula
     x: torch.Tensor,
     stack: LoraStack,
     gates: torch.Tensor,

@@ -81,95 +81,88 @@ def dense_shrink_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_adapters", "tokens_per_entry"])
-def dense_expand_kernel(
-    h_ptr, z_ptr, saved_ptr, w_ptr, base_ptr, y_ptr, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
+def dense_expand_planes_kernel(
+    h_ptr, saved_ptr, w_ptr, base_ptr, y_ptr, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
     num_tokens, width, num_rows, num_adapters, tokens_per_entry,
     K: tl.constexpr, SPARSE: tl.constexpr, HAS_GATES: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
-    BN: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, HAS_BASE: tl.constexpr, SAVE: tl.constexpr,
-    EVEN: tl.constexpr, ONE: tl.constexpr, COLUMNS_FIRST: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, C: tl.constexpr, HAS_BASE: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``y = base + z w``; from ``z`` (``C = 0``), or from ``C`` float32 planes of ``h`` that get their coefficients here.
-
-    ``ONE``: all rank rows fit one block, which is read before the planes are there.
-    """
-    if COLUMNS_FIRST:
-        n0 = tl.program_id(0) * BN
-        t0 = tl.program_id(1) * BM
-    else:
-        n0 = tl.program_id(1) * BN
-        t0 = tl.program_id(0) * BM
-    tokens = t0 + tl.arange(0, BM)
-    n = n0 + tl.arange(0, BN)
+    """``y = base + (c h) w`` where ``h`` is the sum of ``C`` planes; what does not depend on ``h`` is read early."""
+    tokens = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     there = tokens < num_tokens
     inside = n < width
-    j = tl.arange(0, BR)
+    rows = tl.arange(0, BR)
+    w_place = w_ptr + rows[:, None].to(tl.int64) * width + n[None, :]
+    w = tl.load(w_place, mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0)
+    c = _coefficients(tokens, rows, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
+                      num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES)  # fmt: skip
     y_place = tokens[:, None].to(tl.int64) * width + n[None, :]
     y_mask = there[:, None] & inside[None, :]
-    if ONE:
-        w = tl.load(w_ptr + j[:, None].to(tl.int64) * width + n[None, :],
-                    mask=(j < num_rows)[:, None] & inside[None, :], other=0.0)  # fmt: skip
-        if C > 0:
-            c = _coefficients(tokens, j, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
-                              num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES)  # fmt: skip
     if HAS_BASE:
         y = tl.load(base_ptr + y_place, mask=y_mask, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros((BM, BN), tl.float32)
-    for r0 in tl.range(0, BR if ONE else num_rows, BR, num_stages=STAGES):
-        rows = r0 + j
-        valid = rows < num_rows
-        place = tokens[:, None].to(tl.int64) * num_rows + rows[None, :]
+    for r0 in tl.range(0, num_rows, BR, num_stages=1):
+        valid = r0 + rows < num_rows
+        if r0 > 0:
+            w = tl.load(w_place + r0 * width, mask=valid[:, None] & inside[None, :], other=0.0)
+            c = _coefficients(tokens, r0 + rows, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
+                              num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES)  # fmt: skip
+        place = tokens[:, None].to(tl.int64) * num_rows + (r0 + rows)[None, :]
         mask = there[:, None] & valid[None, :]
-        if C == 0:
-            z = tl.load(z_ptr + place, mask=mask, other=0.0)
-        else:
-            h = tl.zeros((BM, BR), tl.float32)
-            for split in tl.static_range(C):
-                plane = split * num_tokens.to(tl.int64) * num_rows
-                h += tl.load(h_ptr + plane + place, mask=mask, other=0.0)
-            if SAVE:
-                tl.store(saved_ptr + place, h.to(saved_ptr.dtype.element_ty), mask=mask & (n0 == 0))
-            if not ONE:
-                c = _coefficients(tokens, rows, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
-                                  num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES)  # fmt: skip
-            z = (h * c).to(w_ptr.dtype.element_ty)
-        if not ONE:
-            w = tl.load(w_ptr + rows[:, None].to(tl.int64) * width + n[None, :],
-                        mask=valid[:, None] & inside[None, :], other=0.0)  # fmt: skip
-        total = tl.dot(z, w, total, input_precision=PRECISION)
+        if SPARSE and not SAVE:
+            mask = mask & (c != 0)  # most rows are not this token's
+        h = tl.zeros((BM, BR), tl.float32)
+        for split in tl.static_range(C):
+            h += tl.load(h_ptr + split * num_tokens.to(tl.int64) * num_rows + place, mask=mask, other=0.0)
+        if SAVE:
+            first = tl.program_id(1) == 0
+            tl.store(saved_ptr + place, h.to(saved_ptr.dtype.element_ty), mask=mask & first)
+        total = tl.dot((h * c).to(w.dtype), w, total, input_precision=PRECISION)
     if HAS_BASE:
         total += y.to(tl.float32)
     tl.store(y_ptr + y_place, total.to(y_ptr.dtype.element_ty), mask=y_mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def dense_expand_long_kernel(
+def dense_expand_kernel(
     z_ptr, w_ptr, base_ptr, y_ptr, num_tokens, width, num_rows,
     BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HAS_BASE: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    RESIDENT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``y = base + z w`` for ``BN`` columns and every ``num_programs(1)``-th tile of tokens: ``w`` is read once.
+    """``y = base + z w`` for ``BN`` columns and every ``num_programs(1)``-th tile of tokens.
 
-    All rank rows fit one block.
+    ``RESIDENT``: all rank rows fit one block, so ``w`` is read once, before ``z`` is there.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = n < width
     j = tl.arange(0, BR)
-    valid = j < num_rows
-    w = tl.load(w_ptr + j[:, None].to(tl.int64) * width + n[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+    w_place = w_ptr + j[:, None].to(tl.int64) * width + n[None, :]
+    if RESIDENT:
+        w = tl.load(w_place, mask=(j < num_rows)[:, None] & inside[None, :], other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     for t0 in tl.range(tl.program_id(1) * BM, num_tokens, tl.num_programs(1) * BM, num_stages=STAGES):
         tokens = t0 + tl.arange(0, BM)
         there = tokens < num_tokens
-        z = tl.load(z_ptr + tokens[:, None].to(tl.int64) * num_rows + j[None, :],
-                    mask=there[:, None] & valid[None, :], other=0.0)  # fmt: skip
-        place = tokens[:, None].to(tl.int64) * width + n[None, :]
+        z_place = z_ptr + tokens[:, None].to(tl.int64) * num_rows + j[None, :]
+        y_place = tokens[:, None].to(tl.int64) * width + n[None, :]
         mask = there[:, None] if EVEN else there[:, None] & inside[None, :]
-        total = tl.dot(z, w, input_precision=PRECISION)
+        if RESIDENT:
+            z = tl.load(z_place, mask=there[:, None] & (j < num_rows)[None, :], other=0.0)
+            total = tl.dot(z, w, input_precision=PRECISION)
+        else:
+            total = tl.zeros((BM, BN), tl.float32)
+            for r0 in range(0, num_rows, BR):
+                valid = r0 + j < num_rows
+                z = tl.load(z_place + r0, mask=there[:, None] & valid[None, :], other=0.0)
+                w = tl.load(w_place + r0 * width, mask=valid[:, None] & inside[None, :], other=0.0)
+                total = tl.dot(z, w, total, input_precision=PRECISION)
         if HAS_BASE:
-            total += tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=mask)
+            total += tl.load(base_ptr + y_place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + y_place, total.to(y_ptr.dtype.element_ty), mask=mask)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from compose.kernels.packed.table import TileTable
 
 MAX_RANK = 256
+_INSTALLED = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DENSE_ROWS = 256  # per adapter of a token: up to so many rank rows, masked products cost less than looking up
 _FEW_EXAMPLES = 512  # batch rows, and
@@ -23,9 +24,9 @@ _TABLE_BLOCK = 64
 
 def supports(x: torch.Tensor, stack: LoraStack) -> str | None:
     """Return why the Triton kernels cannot run these operands, or None; the interpreter counts as a device."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "triton is not installed (pip install 'adapter-compose[triton]')"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = not x.is_cuda and os.environ.get("TRITON_INTERPRET") == "1"
     if not (x.is_cuda or interpreted):
         return f"it runs on CUDA devices, not on {x.device}"
     if x.dtype not in _DTYPES:
@@ -60,7 +61,7 @@ def forward(
         precision: ``"ieee"`` or ``"tf32"``.
         tables: Sorted tokens kept between calls, by the number of adapters.
     """
-    from compose.kernels.packed.launch import Packed, Route
+    from compose.kernels.packed.launch import Route, packed_of
     from compose.kernels.packed.op import packed_lora
 
     out = stack.b_RO.shape[1]
@@ -73,14 +74,12 @@ def forward(
     per_entry = flat.shape[0] // entries
     long = x.shape[0] > _FEW_EXAMPLES or (x.dim() == 3 and x.shape[1] > _FEW_TOKENS)
     shape = _shape(stack, ids, per_entry, long=long)
-    index = stack.index
-    packed = Packed(stack.scaling_E, index.adapter_R, index.starts_E, index.ranks_E, stack.max_rank)
     table = _table(ids, stack.num_adapters, tables) if shape == "tiles" and per_entry == 1 else None
     ids = None if ids is None else ids.contiguous()
     gates = None if gates is None else gates.contiguous()
     route = Route(shape, ids, gates, per_entry, long, table, precision)
     a, b = stack.a_RD.contiguous(), stack.b_RO.contiguous()
-    y = packed_lora(flat, a, b, packed, route, base_MO, reuse_base=reuse_base)
+    y = packed_lora(flat, a, b, packed_of(stack), route, base_MO, reuse_base=reuse_base)
     return y.view(*x.shape[:-1], out)
 
 
@@ -93,13 +92,13 @@ def _shape(stack: LoraStack, ids: torch.Tensor | None, per_entry: int, *, long: 
 
 def _table(ids: torch.Tensor | None, num_adapters: int, tables: dict[int, TileTable] | None) -> TileTable | None:
     """Tokens sorted by adapter, from ``tables`` where they are there."""
-    from compose.kernels.packed.table import tile_table
+    from compose.kernels.packed.op import sorted_tokens
 
     if ids is None:
         return None
     if tables is not None and num_adapters in tables:
         return tables[num_adapters]
-    table = tile_table(ids, num_adapters, _TABLE_BLOCK)
+    table = sorted_tokens(ids, num_adapters, _TABLE_BLOCK)
     if tables is not None and not torch.compiler.is_compiling():
         tables[num_adapters] = table
     return table

@@ -1,7 +1,7 @@
 """Backward of `packed_lora`: the forward's kernels with the factors swapped, and one more for the factors themselves.
 
-With ``h = x firstᵀ`` and ``dz = dy secondᵀ`` per rank row: ``dx = (c dz) first``, ``dfirst = (c dz)ᵀ x``,
-``dsecond = (c h)ᵀ dy``, and the gradient of a coefficient is the sum of ``h dz`` over the rows it rules.
+With ``h = x firstᵀ``, ``z = c h`` and ``dz = dy secondᵀ`` per rank row: ``dx = (c dz) first``, ``dfirst = (c dz)ᵀ x``,
+``dsecond = zᵀ dy``, and the gradient of a coefficient is the sum of ``h dz`` over the rows it rules.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from compose.kernels.packed.launch import Packed, Route, low_rank, slots_of, weight_gradient
+from compose.kernels.packed.launch import Packed, Route, Saved, low_rank, weight_gradient
+from compose.kernels.packed.products import row_sums
 from compose.kernels.packed.table import TileTable, tile_table
 
 _BLOCK = 64
@@ -29,7 +30,7 @@ class Wanted(NamedTuple):
 def backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
-    h: torch.Tensor,
+    saved: Saved,
     first: torch.Tensor,
     second: torch.Tensor,
     packed: Packed,
@@ -41,29 +42,28 @@ def backward(
     Args:
         dy: ``(M, O)`` contiguous.
         x: ``(M, D)``, needed for ``first``.
-        h: As saved by `low_rank`, needed for ``second``, ``scaling`` and ``gates``.
+        saved: By `low_rank`: ``z`` for ``second``, ``h`` for ``scaling`` and ``gates``.
         first: ``(R, D)``.
         second: ``(R, O)``.
         packed: Of the stack.
         route: Coefficients.
         wanted: What to compute.
     """
-    none = dy.new_empty(0)
-    grads = [none] * 5
-    dz = none
-    if wanted.x or wanted.first or wanted.scaling or wanted.gates:
-        save = wanted.first or wanted.scaling or wanted.gates
-        grads[0], dz = low_rank(dy, second, first, packed, route, None, save=save)
+    grads = [dy.new_empty(0) for _ in wanted]
+    gating = wanted.scaling or wanted.gates
     side = _Dense(packed, route, dy) if route.shape == "dense" else _Pairs(packed, route, dy)
+    if wanted.x or wanted.first or gating:
+        grads[0], back = low_rank(dy, second, first, packed, route, None, want_h=gating, want_z=wanted.first)
     if wanted.first and x is not None:
-        grads[1] = side.factor(dz, x, first)
+        grads[1] = side.factor(back, x, first)
     if wanted.second:
-        grads[2] = side.factor(h, dy, second)
-    if wanted.scaling or wanted.gates:
-        grads[3], dgates = side.coefficients(h.float() * dz.float())
+        grads[2] = side.factor(saved, dy, second)
+    if gating and saved.h is not None and back.h is not None:
+        dscaling, dgates = side.coefficients(saved.h, back.h, scaling=wanted.scaling)
+        grads[3] = grads[3] if dscaling is None else dscaling
         if route.gates is not None:
             grads[4] = dgates.to(route.gates.dtype)
-    return [grad if need else none for grad, need in zip(grads, wanted, strict=True)]
+    return [grad if need else dy.new_empty(0) for grad, need in zip(grads, wanted, strict=True)]
 
 
 class _Dense:
@@ -74,21 +74,25 @@ class _Dense:
         self.gates_NE = _dense_gates(packed, route, dy)
         self.tokens = route.tokens_per_entry
 
-    def factor(self, h: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``(c h)ᵀ x``."""
-        c_NR = (self.gates_NE * self.packed.scaling_E).index_select(1, self.packed.adapter_R)
-        z = (h.view(-1, self.tokens, h.shape[1]) * c_NR[:, None]).to(x.dtype).view_as(h)
+    def factor(self, saved: Saved, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``zᵀ x``."""
+        z = saved.z
+        if self.route.in_planes:
+            c_NR = (self.gates_NE * self.packed.scaling_E).index_select(1, self.packed.adapter_R)
+            z = (saved.h.view(-1, self.tokens, saved.h.shape[1]) * c_NR[:, None]).to(x.dtype).view_as(saved.h)
         return torch.mm(z.t(), x).to(weight.dtype)
 
-    def coefficients(self, product_MR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def coefficients(
+        self, h: torch.Tensor, dz: torch.Tensor, *, scaling: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Gradients of scaling and gates."""
-        adapters = torch.arange(self.packed.scaling_E.shape[0], device=product_MR.device)
-        owner_RE = (self.packed.adapter_R[:, None] == adapters).to(product_MR.dtype)
-        sums_NR = product_MR.view(-1, self.tokens, product_MR.shape[1]).sum(1)
-        sums_NE = sums_NR @ owner_RE
-        dscaling, dgates = (self.gates_NE * sums_NE).sum(0), sums_NE * self.packed.scaling_E
+        num_adapters = self.packed.scaling_E.shape[0]
+        sums_ME = row_sums(h, dz, self.packed.adapter_R, num_adapters)
+        sums_NE = sums_ME if self.tokens == 1 else sums_ME.view(-1, self.tokens, num_adapters).sum(1)
+        dscaling = (self.gates_NE * sums_NE).sum(0) if scaling else None
+        dgates = sums_NE * self.packed.scaling_E
         if self.route.ids is not None:
-            known = (self.route.ids >= 0) & (self.route.ids < len(adapters))
+            known = (self.route.ids >= 0) & (self.route.ids < num_adapters)
             dgates = torch.where(known, dgates.gather(1, torch.where(known, self.route.ids, 0)), 0.0)
         return dscaling, dgates
 
@@ -97,7 +101,7 @@ class _Pairs:
     """Gradients where ``h`` is ``(M K, Rmax)``: a line per token and slot."""
 
     def __init__(self, packed: Packed, route: Route, dy: torch.Tensor) -> None:
-        self.packed, self.route, self.slots = packed, route, slots_of(route)
+        self.packed, self.route, self.slots = packed, route, route.slots
         assert route.ids is not None  # noqa: S101 - rows and tiles have ids
         self.known_NK = (route.ids >= 0) & (route.ids < packed.scaling_E.shape[0])
         self.ids_NK = torch.where(self.known_NK, route.ids, 0)
@@ -114,18 +118,24 @@ class _Pairs:
             self._table = tile_table(ids_MK, self.packed.scaling_E.shape[0], _BLOCK)
         return self._table
 
-    def factor(self, h: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``(c h)ᵀ x`` per adapter."""
-        c_NK = self.gates_NK * self.packed.scaling_E[self.ids_NK]
-        per_token = h.view(-1, self.route.tokens_per_entry, self.slots, h.shape[1])
-        z = (per_token * c_NK[:, None, :, None]).to(x.dtype).view_as(h)
+    def factor(self, saved: Saved, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``zᵀ x`` per adapter."""
+        z = saved.z
+        if self.route.in_planes:
+            c_NK = self.gates_NK * self.packed.scaling_E[self.ids_NK]
+            per_token = saved.h.view(-1, self.route.tokens_per_entry, self.slots, saved.h.shape[1])
+            z = (per_token * c_NK[:, None, :, None]).to(x.dtype).view_as(saved.h)
         return weight_gradient(z, x, weight, self.packed, self.slots, self.table, self.route.precision)
 
-    def coefficients(self, product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def coefficients(
+        self, h: torch.Tensor, dz: torch.Tensor, *, scaling: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Gradients of scaling and gates; sums per adapter run over sorted tokens, so their order is fixed."""
-        sums_MK = product.sum(1).view(-1, self.slots)
+        sums_MK = (h * dz).sum(1).view(-1, self.slots)
         sums_NK = sums_MK.view(-1, self.route.tokens_per_entry, self.slots).sum(1)
         dgates = torch.where(self.known_NK, sums_NK * self.packed.scaling_E[self.ids_NK], 0.0)
+        if not scaling:
+            return None, dgates
         weighted = (self.gates_NK * sums_NK).repeat_interleave(self.route.tokens_per_entry, dim=0)
         weighted = weighted / self.route.tokens_per_entry
         dscaling = torch.zeros_like(self.packed.scaling_E)

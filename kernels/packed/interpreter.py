@@ -1,6 +1,7 @@
 """A repair of Triton's interpreter (TRITON_INTERPRET=1, tests without a GPU).
 
-Triton 3.6 turns a loop's bound into an integer by ``int(array)`` on an array of shape ``(1,)``, which NumPy 2.4 refuses.
+Triton 3.6 turns a loop's bound into an integer by ``int(array)`` on an array of shape ``(1,)``, which NumPy 2.4
+refuses.
 """
 
 from __future__ import annotations

@@ -6,17 +6,19 @@ adapters, ``R`` rank rows, ``D`` input and ``O`` output width.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import triton
 
 from compose.kernels.packed import interpreter, tuning
-from compose.kernels.packed.dense import dense_expand_kernel, dense_shrink_kernel
+from compose.kernels.packed.dense import dense_expand_kernel, dense_expand_planes_kernel, dense_shrink_kernel
 from compose.kernels.packed.rows import rows_expand_kernel, rows_shrink_kernel
+from compose.kernels.packed.start import start
 from compose.kernels.packed.table import TileTable
 from compose.kernels.packed.tiles import tiles_expand_kernel, tiles_shrink_kernel, tiles_wgrad_kernel
-
+from compose.kernels.packed.tuning import cdiv
+from compose.kernels.stack import LoraStack
 
 interpreter.repair()
 
@@ -30,6 +32,7 @@ class Packed(NamedTuple):
         starts_E: int32: first row of each adapter.
         ranks_E: int32: live rows of each adapter.
         max_rank: Largest capacity.
+        block: Rank rows that the row and tile kernels take at once.
     """
 
     scaling_E: torch.Tensor
@@ -37,6 +40,23 @@ class Packed(NamedTuple):
     starts_E: torch.Tensor
     ranks_E: torch.Tensor
     max_rank: int
+    block: int
+
+    @property
+    def capacity(self) -> int:
+        """Columns of ``h`` per pair of token and slot: the largest rank in whole blocks."""
+        return cdiv(self.max_rank, self.block) * self.block
+
+
+def packed_of(stack: LoraStack) -> Packed:
+    """Return what kernels read of ``stack``; made once, and live as the tensors are the stack's own."""
+    found = stack.derived.get("packed")
+    if found is None:
+        index = stack.index
+        found = Packed(stack.scaling_E, index.adapter_R, index.starts_E, index.ranks_E, max((0, *stack.ranks)),
+                       tuning.rank_block(stack.ranks))  # fmt: skip
+        stack.derived["packed"] = found
+    return found
 
 
 class Route(NamedTuple):
@@ -60,6 +80,44 @@ class Route(NamedTuple):
     table: TileTable | None
     precision: str
 
+    @property
+    def slots(self) -> int:
+        """``K``; 1 for dense gates."""
+        return 1 if self.ids is None else self.ids.shape[1]
+
+    @property
+    def in_planes(self) -> bool:
+        """Whether ``h`` comes in parts that the second kernel adds up, so that ``c h`` never stands in memory."""
+        return self.shape == "rows" or (self.shape == "dense" and not self.long)
+
+
+class Saved(NamedTuple):
+    """What a backward pass wants of a forward one; None where it is not wanted.
+
+    ``(M K, Rmax)`` for rows and tiles, ``(M, R)`` for dense.
+
+    Attributes:
+        h: ``x firstᵀ``, float32; 0 where an id is none.
+        z: ``c h``, in the dtype of ``x``, undefined where an id is none; where the route is `in_planes` there is ``h``
+            in its place.
+    """
+
+    h: torch.Tensor | None
+    z: torch.Tensor | None
+
+
+def saved_like(x: torch.Tensor, packed: Packed, route: Route, *, want_h: bool, want_z: bool) -> Saved:
+    """Memory for what is wanted."""
+    want_h, want_z = want_h or (want_z and route.in_planes), want_z and not route.in_planes
+    if not (want_h or want_z):
+        return Saved(None, None)
+    dense = (x.shape[0], packed.adapter_R.shape[0])
+    shape = dense if route.shape == "dense" else (x.shape[0] * route.slots, packed.capacity)
+    h = x.new_empty(shape, dtype=torch.float32) if want_h else None
+    if h is not None and route.shape == "tiles":
+        h.zero_()  # no kernel writes where an id is none, or beyond a rank
+    return Saved(h, x.new_empty(shape) if want_z else None)
+
 
 def low_rank(
     x: torch.Tensor,
@@ -69,10 +127,11 @@ def low_rank(
     route: Route,
     base: torch.Tensor | None,
     *,
-    save: bool = False,
+    want_h: bool = False,
+    want_z: bool = False,
     out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``base + Σ c (x firstᵀ) second``, ``(M, O)``, and with ``save`` the products ``h = x firstᵀ``.
+) -> tuple[torch.Tensor, Saved]:
+    """Return ``base + Σ c (x firstᵀ) second``, ``(M, O)``, and what is to be saved.
 
     Args:
         x: ``(M, D)`` contiguous.
@@ -81,124 +140,112 @@ def low_rank(
         packed: Of the stack.
         route: Coefficients.
         base: ``(M, O)`` contiguous, or None for zeros.
-        save: Whether ``h`` is wanted: ``(M K, Rmax)`` for rows and tiles, ``(M, R)`` for dense, 0 where an id is none.
+        want_h: Whether ``h`` is wanted.
+        want_z: Whether ``z`` is wanted (or ``h`` in its place, see `Saved`).
         out: Written to; may be ``base``.
     """
     y = x.new_empty(x.shape[0], second.shape[1]) if out is None else out
-    h = saved_like(x, packed, route) if save else x.new_empty(0)
-    return _LAUNCHERS[route.shape](x, first, second, packed, route, base, y, h)
-
-
-def saved_like(x: torch.Tensor, packed: Packed, route: Route) -> torch.Tensor:
-    """Zeros of the shape and dtype in which ``h`` is saved."""
-    if route.shape == "dense":
-        return x.new_zeros(x.shape[0], packed.adapter_R.shape[0])
-    pairs = x.shape[0] * slots_of(route)
-    return x.new_zeros(pairs, row_capacity(packed), dtype=torch.float32 if route.shape == "rows" else x.dtype)
-
-
-def slots_of(route: Route) -> int:
-    """``K``; 1 for dense gates."""
-    return 1 if route.ids is None else route.ids.shape[1]
-
-
-def row_capacity(packed: Packed) -> int:
-    """Columns of ``h`` per pair: the largest rank, in whole blocks."""
-    block = tuning.rank_block(packed.max_rank)
-    return triton.cdiv(packed.max_rank, block) * block
+    saved = saved_like(x, packed, route, want_h=want_h, want_z=want_z)
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else nullcontext():
+        _LAUNCHERS[route.shape](x, first, second, packed, route, base, y, saved)
+    return y, saved
 
 
 def _rows(
     x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, packed: Packed, route: Route,
-    base: torch.Tensor | None, y: torch.Tensor, h: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    base: torch.Tensor | None, y: torch.Tensor, saved: Saved,
+) -> None:  # fmt: skip
     (tokens, width), out = x.shape, second.shape[1]
-    slots, num_adapters, capacity = slots_of(route), packed.scaling_E.shape[0], row_capacity(packed)
-    block = tuning.rank_block(packed.max_rank)
-    config = tuning.rows_config(x.dtype, width, out, block, slots)
-    pairs, pdl = tokens * slots, tuning.dependent_launch(x)
+    slots, num_adapters, capacity, block = route.slots, packed.scaling_E.shape[0], packed.capacity, packed.block
+    config = tuning.rows_config(width, out, block, slots)
+    pairs, pdl = tokens * slots, tuning.dependent_launch(x.device)
     planes = x.new_empty(config.splits, pairs, capacity, dtype=torch.float32)
-    steps = triton.cdiv(width, config.bk * config.splits)
-    rows_shrink_kernel[(pairs, config.splits)](
-        x, first, planes, route.ids, packed.starts_E, packed.ranks_E,
-        width, pairs, num_adapters, route.tokens_per_entry,
+    steps = cdiv(width, config.bk * config.splits)
+    start(
+        rows_shrink_kernel, (pairs, config.splits),
+        (x, first, planes, route.ids, packed.starts_E, packed.ranks_E, width, pairs, num_adapters),
         K=slots, RM=capacity, BR=block, BK=config.bk, STEPS=steps, EVEN=width == steps * config.bk * config.splits,
-        PDL=pdl, num_warps=config.shrink_warps, **_launch(pdl),
+        PDL=pdl, warps=config.shrink_warps, pdl=pdl,
     )  # fmt: skip
-    rows_expand_kernel[(tokens, triton.cdiv(out, config.bn))](
-        planes, h, second, base, y, route.ids, route.gates, packed.scaling_E, packed.starts_E, packed.ranks_E,
-        out, pairs, num_adapters, route.tokens_per_entry, packed.max_rank,
-        K=slots, KP=triton.next_power_of_2(slots), RM=capacity, BR=block, BN=config.bn, C=config.splits,
-        CP=triton.next_power_of_2(config.splits), HAS_GATES=route.gates is not None, HAS_BASE=base is not None,
-        SAVE=h.numel() > 0, EVEN=out % config.bn == 0, PDL=pdl, num_warps=config.expand_warps, **_launch(pdl),
+    start(
+        rows_expand_kernel, (tokens, cdiv(out, config.bn)),
+        (planes, saved.h, second, base, y, route.ids, route.gates, packed.scaling_E, packed.starts_E, packed.ranks_E,
+         out, pairs, num_adapters, packed.max_rank),
+        K=slots, KP=1 << (slots - 1).bit_length(), RM=capacity, BR=block, BN=config.bn, C=config.splits,
+        CP=1 << (config.splits - 1).bit_length(), HAS_GATES=route.gates is not None, HAS_BASE=base is not None,
+        SAVE=saved.h is not None, EVEN=out % config.bn == 0, PDL=pdl, warps=config.expand_warps, pdl=pdl,
     )  # fmt: skip
-    return y, h
 
 
 def _dense(
     x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, packed: Packed, route: Route,
-    base: torch.Tensor | None, y: torch.Tensor, h: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    base: torch.Tensor | None, y: torch.Tensor, saved: Saved,
+) -> None:  # fmt: skip
     (tokens, width), (rows, out) = x.shape, second.shape
-    config = tuning.dense_config(x.dtype, tokens, width, rows, long=route.long)
-    pdl, planes = tuning.dependent_launch(x), config.splits > 0
-    splits = max(1, config.splits)
-    z = x.new_empty(0) if planes else x.new_empty(tokens, rows)
-    parts = x.new_empty(splits, tokens, rows, dtype=torch.float32) if planes else h
-    steps = triton.cdiv(width, config.bk * splits)
-    gating = {
-        "K": slots_of(route), "SPARSE": route.ids is not None, "HAS_GATES": route.gates is not None,
-        "PRECISION": route.precision, "PDL": pdl, **_launch(pdl),
-    }  # fmt: skip
+    config = tuning.dense_config(width, rows, out, x.element_size(), 0 if route.long else tokens)
+    pdl, planes, save = tuning.dependent_launch(x.device), route.in_planes, saved.h is not None
+    z = saved.z if planes or saved.z is not None else x.new_empty(tokens, rows)
+    parts = x.new_empty(config.splits, tokens, rows, dtype=torch.float32) if planes else saved.h
+    steps = cdiv(width, config.bk * config.splits)
+    common = {"PRECISION": route.precision, "PDL": pdl, "pdl": pdl}
+    gating = {"K": route.slots, "SPARSE": route.ids is not None, "HAS_GATES": route.gates is not None}
     coefficients = (route.ids, route.gates, packed.scaling_E, packed.adapter_R)
     sizes = (rows, packed.scaling_E.shape[0], route.tokens_per_entry)
-    grid = (triton.cdiv(tokens, config.bm), triton.cdiv(rows, config.br), splits)
-    dense_shrink_kernel[grid](
-        x, first, parts, z, *coefficients, tokens, width, *sizes,
-        BM=config.bm, BR=config.br, BK=config.bk, STEPS=steps, STAGES=config.shrink_stages, PLANES=planes,
-        SAVE=h.numel() > 0, EVEN=width == steps * config.bk * splits, num_warps=config.shrink_warps, **gating,
+    start(
+        dense_shrink_kernel, (cdiv(tokens, config.bm), cdiv(rows, config.br), config.splits),
+        (x, first, parts, z, *coefficients, tokens, width, *sizes),
+        BM=config.bm, BR=config.br, BK=config.bk, STEPS=steps, STAGES=config.shrink_stages, PLANES=planes, SAVE=save,
+        EVEN=width == steps * config.bk * config.splits, warps=config.shrink_warps, **gating, **common,
     )  # fmt: skip
-    blocks = (triton.cdiv(tokens, config.bm_out), triton.cdiv(out, config.bn))
-    dense_expand_kernel[blocks[::-1] if config.columns_first else blocks](
-        parts, z, h, second, base, y, *coefficients, tokens, out, *sizes,
-        BM=config.bm_out, BR=config.br_out, BN=config.bn, C=config.splits, STAGES=config.expand_stages,
-        HAS_BASE=base is not None, SAVE=planes and h.numel() > 0, EVEN=out % config.bn == 0,
-        ONE=rows <= config.br_out, COLUMNS_FIRST=config.columns_first, num_warps=config.expand_warps, **gating,
-    )  # fmt: skip
-    return y, h
+    common |= {"BM": config.bm_out, "BR": config.br_out, "BN": config.bn, "HAS_BASE": base is not None,
+               "EVEN": out % config.bn == 0, "warps": config.expand_warps}  # fmt: skip
+    tiles, columns = cdiv(tokens, config.bm_out), cdiv(out, config.bn)
+    if planes:
+        start(
+            dense_expand_planes_kernel, (tiles, columns),
+            (parts, saved.h, second, base, y, *coefficients, tokens, out, *sizes),
+            C=config.splits, SAVE=save, **gating, **common,
+        )  # fmt: skip
+    else:
+        start(
+            dense_expand_kernel, (columns, min(tiles, config.turns)), (z, second, base, y, tokens, out, rows),
+            STAGES=config.expand_stages, RESIDENT=rows <= config.br_out, **common,
+        )  # fmt: skip
 
 
 def _tiles(
     x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, packed: Packed, route: Route,
-    base: torch.Tensor | None, y: torch.Tensor, h: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    base: torch.Tensor | None, y: torch.Tensor, saved: Saved,
+) -> None:  # fmt: skip
     (tokens, width), out = x.shape, second.shape[1]
-    slots, table = slots_of(route), route.table
-    capacity, per_entry = row_capacity(packed), route.tokens_per_entry
-    config = tuning.tiles_config(x.dtype, capacity, None if table else per_entry)
+    slots, table, capacity, per_entry = route.slots, route.table, packed.capacity, route.tokens_per_entry
+    config = tuning.tiles_config(x.element_size(), None if table else per_entry)
     bm = table.block if table else config.bm
-    per_entry_tiles = triton.cdiv(per_entry, bm)
+    per_entry_tiles = cdiv(per_entry, bm)
     tiles = table.max_tiles if table else tokens // per_entry * per_entry_tiles
     listed = (None,) * 4 if table is None else (table.order, table.adapter, table.first, table.last)
-    pdl, block = tuning.dependent_launch(x), tuning.rank_block(packed.max_rank)
-    z = x.new_empty(tokens * slots, capacity)
+    pdl = tuning.dependent_launch(x.device)
+    z = x.new_empty(tokens * slots, capacity) if saved.z is None else saved.z
     sizes = (packed.scaling_E.shape[0], per_entry, per_entry_tiles, tiles)
-    common = {"K": slots, "RM": capacity, "SORTED": table is not None, "BM": bm, "BR": block,
-              "PRECISION": route.precision, "PDL": pdl, **_launch(pdl)}  # fmt: skip
-    tiles_shrink_kernel[(tiles, slots)](
-        x, first, h, z, route.ids, route.gates, packed.scaling_E, packed.starts_E, packed.ranks_E, *listed,
-        tokens, width, *sizes, HAS_GATES=route.gates is not None, BK=config.bk, STAGES=config.shrink_stages,
-        SAVE=h.numel() > 0, EVEN=width % config.bk == 0, num_warps=config.shrink_warps, **common,
+    common = {"K": slots, "RM": capacity, "SORTED": table is not None, "BM": bm, "BR": packed.block,
+              "PRECISION": route.precision, "PDL": pdl, "pdl": pdl}  # fmt: skip
+    start(
+        tiles_shrink_kernel, (tiles, slots),
+        (x, first, saved.h, z, route.ids, route.gates, packed.scaling_E, packed.starts_E, packed.ranks_E, *listed,
+         tokens, width, *sizes),
+        HAS_GATES=route.gates is not None, BK=config.bk, STAGES=config.shrink_stages, SAVE=saved.h is not None,
+        EVEN=width % config.bk == 0, warps=config.shrink_warps, **common,
     )  # fmt: skip
-    blocks = (tiles, triton.cdiv(out, config.bn))
+    blocks = (tiles, cdiv(out, config.bn))
     for slot in range(slots if table else 1):
-        tiles_expand_kernel[blocks[::-1] if config.columns_first else blocks](
-            z, second, base, y, route.ids, packed.starts_E, packed.ranks_E, *listed, tokens, out, *sizes, slot,
-            SLOTS=1 if table else slots, HAS_BASE=base is not None, BN=config.bn,
-            COLUMNS_FIRST=config.columns_first, num_warps=config.expand_warps, **common,
+        before = base if slot == 0 else y  # a token's second slot adds to what its first one left
+        start(
+            tiles_expand_kernel, blocks[::-1] if config.columns_first else blocks,
+            (z, second, before, y, route.ids, packed.starts_E, packed.ranks_E, *listed, tokens, out, *sizes, slot),
+            SLOTS=1 if table else slots, HAS_BASE=before is not None, EARLY=slot == 0, BN=config.bn,
+            COLUMNS_FIRST=config.columns_first, warps=config.expand_warps, **common,
         )  # fmt: skip
-        base = y
-    return y, h
 
 
 _LAUNCHERS = {"rows": _rows, "dense": _dense, "tiles": _tiles}
@@ -225,15 +272,12 @@ def weight_gradient(
         precision: Of float32 products.
     """
     grad = torch.zeros_like(weight)
-    config = tuning.wgrad_config(x.dtype, tuning.rank_block(packed.max_rank))
-    grid = (packed.scaling_E.shape[0], triton.cdiv(x.shape[1], config.bn), triton.cdiv(z.shape[1], config.br))
-    tiles_wgrad_kernel[grid](
-        z, x, grad, table.order, table.bounds, packed.starts_E, packed.ranks_E, x.shape[0], x.shape[1],
-        packed.scaling_E.shape[0], K=slots, RM=z.shape[1], BT=config.bt, BR=config.br, BN=config.bn,
-        STAGES=config.stages, PRECISION=precision, num_warps=config.warps,
+    config = tuning.wgrad_config(packed.block, x.element_size())
+    start(
+        tiles_wgrad_kernel, (packed.scaling_E.shape[0], cdiv(x.shape[1], config.bn), cdiv(z.shape[1], config.br)),
+        (z, x, grad, table.order, table.bounds, packed.starts_E, packed.ranks_E, x.shape[0], x.shape[1],
+         packed.scaling_E.shape[0]),
+        K=slots, RM=z.shape[1], BT=config.bt, BR=config.br, BN=config.bn, STAGES=config.stages, PRECISION=precision,
+        warps=config.warps, pdl=False,
     )  # fmt: skip
     return grad
-
-
-def _launch(pdl: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if pdl else {}

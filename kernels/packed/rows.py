@@ -11,21 +11,21 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-@triton.jit(do_not_specialize=["pairs", "num_adapters", "tokens_per_entry"])
+@triton.jit(do_not_specialize=["pairs", "num_adapters"])
 def rows_shrink_kernel(
     x_ptr, w_ptr, planes_ptr, ids_ptr, starts_ptr, ranks_ptr,
-    width, pairs, num_adapters, tokens_per_entry,
+    width, pairs, num_adapters,
     K: tl.constexpr, RM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """``planes[c, p] = w_e[:, part c] x_t[part c]`` for pair ``p`` of token ``t`` and adapter ``e``; dead ids: nothing."""
+    """``planes[c, p] = w_e[:, part c] x_t[part c]``, pair ``p`` of token ``t``, adapter ``e``; dead ids: nothing."""
     pair = tl.program_id(0)
     split = tl.program_id(1)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     token = pair // K
-    adapter = tl.load(ids_ptr + (token // tokens_per_entry) * K + pair % K)
+    adapter = tl.load(ids_ptr + pair)
     if (adapter >= 0) & (adapter < num_adapters):
         start = tl.load(starts_ptr + adapter)
         rank = tl.load(ranks_ptr + adapter)
@@ -54,28 +54,28 @@ def _row_sums(planes_ptr, pairs, pair, live, r, RM: tl.constexpr, C: tl.constexp
     return tl.sum(tl.load(place, mask=(c < C)[:, None] & live[None, :], other=0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["pairs", "num_adapters", "tokens_per_entry", "longest"])
+@triton.jit(do_not_specialize=["pairs", "num_adapters", "longest"])
 def rows_expand_kernel(
     planes_ptr, saved_ptr, w_ptr, base_ptr, y_ptr, ids_ptr, gates_ptr, scaling_ptr, starts_ptr, ranks_ptr,
-    width, pairs, num_adapters, tokens_per_entry, longest,
+    width, pairs, num_adapters, longest,
     K: tl.constexpr, KP: tl.constexpr, RM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, HAS_GATES: tl.constexpr, HAS_BASE: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """``y_t = base_t + Σ_k c_tk Σ_r h_tk,r w_e[r]`` over ``BN`` columns; what does not depend on ``h`` is read early."""
+    """``y_t = base_t + Σ_k c_tk Σ_r h_tk,r w_e[r]``, ``BN`` columns; what does not depend on ``h`` is read early."""
     token = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = n < width
     j = tl.arange(0, KP * BR)
     slot = j // BR
-    entry = token // tokens_per_entry
-    adapter = tl.load(ids_ptr + entry * K + slot, mask=slot < K, other=-1)
+    pair = token * K + slot
+    adapter = tl.load(ids_ptr + pair, mask=slot < K, other=-1)
     known = (adapter >= 0) & (adapter < num_adapters)
     start = tl.load(starts_ptr + adapter, mask=known, other=0)
     rank = tl.load(ranks_ptr + adapter, mask=known, other=0)
     c = tl.load(scaling_ptr + adapter, mask=known, other=0.0)
     if HAS_GATES:
-        c = c * tl.load(gates_ptr + entry * K + slot, mask=known, other=0.0).to(tl.float32)
+        c = c * tl.load(gates_ptr + pair, mask=known, other=0.0).to(tl.float32)
     r = j % BR
     place = w_ptr + (start + r)[:, None].to(tl.int64) * width + n[None, :]
     if EVEN:
@@ -83,14 +83,12 @@ def rows_expand_kernel(
     else:
         w = tl.load(place, mask=(r < rank)[:, None] & inside[None, :], other=0.0)
     y_place = token.to(tl.int64) * width + n
+    y = tl.zeros((BN,), tl.float32)
     if HAS_BASE:
         y = tl.load(base_ptr + y_place, mask=inside, other=0.0).to(tl.float32)
-    else:
-        y = tl.zeros((BN,), tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    pair = token * K + slot
     h = _row_sums(planes_ptr, pairs, pair, r < rank, r, RM, C, CP)
     if SAVE:
         first = (tl.program_id(1) == 0) & (slot < K) & (r < RM)

@@ -33,20 +33,24 @@ def count_kernel(ids_ptr, counts_ptr, num_tokens, num_adapters, blocks, K: tl.co
 
 
 @triton.jit(do_not_specialize=["num_adapters", "blocks"])
-def add_up_kernel(counts_ptr, bounds_ptr, num_adapters, blocks, GP: tl.constexpr):
-    """Turn counts into the first place of each (block, group), and write the first place of each group."""
+def add_up_kernel(counts_ptr, bounds_ptr, num_adapters, blocks, GP: tl.constexpr, BP: tl.constexpr):
+    """Turn counts into the first place of each (block, group), and write that of each group; ``BP`` blocks at once."""
     slot = tl.program_id(0)
     g = tl.arange(0, GP)
+    b = tl.arange(0, BP)
     line = counts_ptr + (slot * blocks).to(tl.int64) * GP + g
     totals = tl.zeros((GP,), tl.int32)
-    for block in range(0, blocks):
-        totals += tl.load(line + block * GP)
+    for block in range(0, blocks, BP):
+        lines = line[None, :] + (block + b)[:, None] * GP
+        totals += tl.sum(tl.load(lines, mask=(block + b < blocks)[:, None], other=0), axis=0)
     places = tl.cumsum(totals, axis=0) - totals
     tl.store(bounds_ptr + slot * (num_adapters + 2) + g, places, mask=g < num_adapters + 2)
-    for block in range(0, blocks):
-        counts = tl.load(line + block * GP)
-        tl.store(line + block * GP, places)
-        places += counts
+    for block in range(0, blocks, BP):
+        lines = line[None, :] + (block + b)[:, None] * GP
+        counts = tl.load(lines, mask=(block + b < blocks)[:, None], other=0)
+        sums = tl.cumsum(counts, axis=0)
+        tl.store(lines, places[None, :] + sums - counts, mask=(block + b < blocks)[:, None])
+        places += tl.sum(counts, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_adapters", "blocks", "max_tiles"])

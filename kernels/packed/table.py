@@ -37,6 +37,23 @@ class TileTable:
         """Tiles there is room for; depends on ``M``, ``E`` and the block alone, so a graph may be replayed."""
         return self.adapter.shape[1]
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The five tensors, in order."""
+        return self.order, self.bounds, self.adapter, self.first, self.last
+
+
+def empty_table(ids_MK: torch.Tensor, num_adapters: int, block: int) -> TileTable:
+    """A table of the right sizes with nothing in it."""
+    tokens, slots = ids_MK.shape
+    max_tiles = -(-tokens // block) + num_adapters + 1
+
+    def integers(width: int) -> torch.Tensor:
+        return torch.empty(slots, width, dtype=torch.int32, device=ids_MK.device)
+
+    order, bounds = integers(tokens), integers(num_adapters + 2)
+    return TileTable(order, bounds, integers(max_tiles), integers(max_tiles), integers(max_tiles), block)
+
 
 def tile_table(ids_MK: torch.Tensor, num_adapters: int, block: int) -> TileTable:
     """Sort tokens by adapter, slot by slot.
@@ -46,21 +63,18 @@ def tile_table(ids_MK: torch.Tensor, num_adapters: int, block: int) -> TileTable
         num_adapters: ``E``.
         block: Tokens per tile.
     """
-    device, (tokens, slots) = ids_MK.device, ids_MK.shape
-    blocks, groups = triton.cdiv(tokens, _SORT_BLOCK), triton.next_power_of_2(num_adapters + 2)
-    max_tiles = triton.cdiv(tokens, block) + num_adapters + 1
+    tokens, slots = ids_MK.shape
     ids_MK = ids_MK.contiguous()
-
-    def integers(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
-    counts, bounds, order = integers(slots, blocks, groups), integers(slots, num_adapters + 2), integers(slots, tokens)
-    adapter, first, last = (integers(slots, max_tiles) for _ in range(3))
+    table = empty_table(ids_MK, num_adapters, block)
+    blocks, groups = triton.cdiv(tokens, _SORT_BLOCK), triton.next_power_of_2(num_adapters + 2)
+    counts = torch.empty(slots, blocks, groups, dtype=torch.int32, device=ids_MK.device)
+    at_once = max(1, min(64, 8192 // groups))
     count_kernel[(blocks, slots)](ids_MK, counts, tokens, num_adapters, blocks, K=slots, BB=_SORT_BLOCK, GP=groups)
-    add_up_kernel[(slots,)](counts, bounds, num_adapters, blocks, GP=groups)
+    add_up_kernel[(slots,)](counts, table.bounds, num_adapters, blocks, GP=groups, BP=at_once)
     tile_programs = max(1, min(128, 16384 // groups))
-    place_kernel[(blocks + triton.cdiv(max_tiles, tile_programs), slots)](
-        ids_MK, counts, bounds, order, adapter, first, last, tokens, num_adapters, blocks, max_tiles,
+    place_kernel[(blocks + triton.cdiv(table.max_tiles, tile_programs), slots)](
+        ids_MK, counts, *(table.bounds, table.order, table.adapter, table.first, table.last),
+        tokens, num_adapters, blocks, table.max_tiles,
         K=slots, BB=_SORT_BLOCK, GP=groups, BM=block, BT=tile_programs,
     )  # fmt: skip
-    return TileTable(order, bounds, adapter, first, last, block)
+    return table

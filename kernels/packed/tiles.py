@@ -84,10 +84,13 @@ def tiles_expand_kernel(
     order_ptr, tile_adapter_ptr, tile_first_ptr, tile_last_ptr,
     num_tokens, width, num_adapters, tokens_per_entry, tiles_per_entry, max_tiles, slot0,
     K: tl.constexpr, SLOTS: tl.constexpr, RM: tl.constexpr, SORTED: tl.constexpr, HAS_BASE: tl.constexpr,
-    BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, COLUMNS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, COLUMNS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``y = base + Σ_k z_k w_e`` for one tile and ``BN`` columns: all slots of an example, or one slot when sorted."""
+    """``y = base + Σ_k z_k w_e`` for one tile and ``BN`` columns: all slots of an example, or one slot when sorted.
+
+    ``EARLY``: the kernel before does not write ``base``, so it is read while that one still runs.
+    """
     if COLUMNS_FIRST:
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         tile = tl.program_id(1)
@@ -105,11 +108,13 @@ def tiles_expand_kernel(
         tokens = entry * tokens_per_entry + offset
     y_place = tokens[:, None].to(tl.int64) * width + n[None, :]
     y_mask = there[:, None] & inside[None, :]
-    if HAS_BASE:
+    if HAS_BASE and EARLY:
         y = tl.load(base_ptr + y_place, mask=y_mask, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    if HAS_BASE and not EARLY:
+        y = tl.load(base_ptr + y_place, mask=y_mask, other=0.0)
     total = tl.zeros((BM, BN), tl.float32)
     r = tl.arange(0, BR)
     for number in tl.static_range(SLOTS):
