@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench types clean
+.PHONY: demo test check bench types gpu-test gpu-bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -30,6 +30,14 @@ types: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py --out benchmarks/results
+
+gpu-test: .venv/installed
+	$(BIN)/python -P -m pytest -q -m gpu tests/gpu tests/engine/test_diagnostics.py tests/engine/test_paging.py
+
+gpu-bench: .venv/installed
+	mkdir -p runs
+	$(BIN)/python benchmarks/gpu/ops.py --device cuda --out runs/gpu_ops.jsonl
+	$(BIN)/python benchmarks/gpu/llama.py --device cuda --out runs/gpu_llama.jsonl
 
 clean:
 	rm -rf .venv build dist runs *.egg-info

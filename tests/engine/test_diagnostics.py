@@ -363,4 +363,5 @@ def test_another_device_finds_the_same(adapters, method) -> None:
     merged = compose.merge(adapters, method, WEIGHTS)
     here, there = (diagnose(adapters, merged=merged, device=device) for device in ("cpu", "cuda"))
     assert there.warnings == here.warnings
-    close(_numbers(there.as_dict()), _numbers(here.as_dict()), 1e-9)
+    # an error that is 0 is the root of a difference that vanishes in float64: up to 1.5e-8 per entry
+    close(_numbers(there.as_dict()), _numbers(here.as_dict()), 1e-7)
