@@ -76,10 +76,12 @@ class _Dense:
 
     def factor(self, saved: Saved, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``zᵀ x``."""
-        z = saved.z
-        if self.route.in_planes:
+        if saved.z is not None:
+            z = saved.z
+        else:
+            h = _there(saved.h)
             c_NR = (self.gates_NE * self.packed.scaling_E).index_select(1, self.packed.adapter_R)
-            z = (saved.h.view(-1, self.tokens, saved.h.shape[1]) * c_NR[:, None]).to(x.dtype).view_as(saved.h)
+            z = (h.view(-1, self.tokens, h.shape[1]) * c_NR[:, None]).to(x.dtype).view_as(h)
         return torch.mm(z.t(), x).to(weight.dtype)
 
     def coefficients(
@@ -120,11 +122,13 @@ class _Pairs:
 
     def factor(self, saved: Saved, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``zᵀ x`` per adapter."""
-        z = saved.z
-        if self.route.in_planes:
+        if saved.z is not None:
+            z = saved.z
+        else:
+            h = _there(saved.h)
             c_NK = self.gates_NK * self.packed.scaling_E[self.ids_NK]
-            per_token = saved.h.view(-1, self.route.tokens_per_entry, self.slots, saved.h.shape[1])
-            z = (per_token * c_NK[:, None, :, None]).to(x.dtype).view_as(saved.h)
+            per_token = h.view(-1, self.route.tokens_per_entry, self.slots, h.shape[1])
+            z = (per_token * c_NK[:, None, :, None]).to(x.dtype).view_as(h)
         return weight_gradient(z, x, weight, self.packed, self.slots, self.table, self.route.precision)
 
     def coefficients(
@@ -143,6 +147,12 @@ class _Pairs:
             ordered = weighted[:, slot][self.table.order[slot].long()]
             dscaling += torch.segment_reduce(ordered, "sum", offsets=self.table.bounds[slot].long())[1:]
         return dscaling, dgates
+
+
+def _there(tensor: torch.Tensor | None) -> torch.Tensor:
+    """A tensor that the forward pass was told to save."""
+    assert tensor is not None  # noqa: S101 - `low_rank` saves h where it saves no z
+    return tensor
 
 
 def _dense_gates(packed: Packed, route: Route, dy: torch.Tensor) -> torch.Tensor:

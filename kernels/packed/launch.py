@@ -7,7 +7,7 @@ adapters, ``R`` rank rows, ``D`` input and ``O`` output width.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -188,8 +188,8 @@ def _dense(
     z = saved.z if planes or saved.z is not None else x.new_empty(tokens, rows)
     parts = x.new_empty(config.splits, tokens, rows, dtype=torch.float32) if planes else saved.h
     steps = cdiv(width, config.bk * config.splits)
-    common = {"PRECISION": route.precision, "PDL": pdl, "pdl": pdl}
-    gating = {"K": route.slots, "SPARSE": route.ids is not None, "HAS_GATES": route.gates is not None}
+    common: dict[str, Any] = {"PRECISION": route.precision, "PDL": pdl, "pdl": pdl}
+    gating: dict[str, Any] = {"K": route.slots, "SPARSE": route.ids is not None, "HAS_GATES": route.gates is not None}
     coefficients = (route.ids, route.gates, packed.scaling_E, packed.adapter_R)
     sizes = (rows, packed.scaling_E.shape[0], route.tokens_per_entry)
     start(
@@ -228,7 +228,7 @@ def _tiles(
     pdl = tuning.dependent_launch(x.device)
     z = x.new_empty(tokens * slots, capacity) if saved.z is None else saved.z
     sizes = (packed.scaling_E.shape[0], per_entry, per_entry_tiles, tiles)
-    common = {"K": slots, "RM": capacity, "SORTED": table is not None, "BM": bm, "BR": packed.block,
+    common: dict[str, Any] = {"K": slots, "RM": capacity, "SORTED": table is not None, "BM": bm, "BR": packed.block,
               "PRECISION": route.precision, "PDL": pdl, "pdl": pdl}  # fmt: skip
     start(
         tiles_shrink_kernel, (tiles, slots),

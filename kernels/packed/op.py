@@ -53,7 +53,7 @@ def sorted_tokens(ids_MK: torch.Tensor, num_adapters: int, block: int) -> TileTa
     """`tile_table` as an operator of torch, so that tracing sees one node."""
     if not torch.compiler.is_compiling():
         return tile_table(ids_MK, num_adapters, block)
-    return TileTable(*_tile_table(ids_MK, num_adapters, block), block)
+    return TileTable.of(_tile_table(ids_MK, num_adapters, block), block)
 
 
 @torch.library.custom_op("compose_kernels::tile_table", mutates_args=())
@@ -82,9 +82,14 @@ def _structured(
     table: list[torch.Tensor], block: int, precision: str,
 ) -> tuple[Packed, Route]:  # fmt: skip
     """The inverse of `_flat`."""
-    listed = TileTable(*table, block) if table else None
+    listed = TileTable.of(table, block) if table else None
     packed = Packed(scaling, adapter, starts, ranks, max_rank, row_block)
     return packed, Route(shape, ids, gates, tokens_per_entry, long, listed, precision)
+
+
+def _or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Operators of torch return tensors, not None."""
+    return like.new_empty(0) if tensor is None else tensor
 
 
 @torch.library.custom_op("compose_kernels::packed_lora", mutates_args=())
@@ -97,7 +102,7 @@ def _packed_lora(
     packed, route = _structured(scaling, adapter, starts, ranks, max_rank, row_block, shape, ids, gates,
                                 tokens_per_entry, long, table, block, precision)  # fmt: skip
     y, saved = low_rank(x, first, second, packed, route, base, want_h=want_h, want_z=want_z)
-    return y, *(x.new_empty(0) if one is None else one for one in saved)
+    return y, _or_empty(saved.h, x), _or_empty(saved.z, x)
 
 
 @_packed_lora.register_fake
@@ -111,7 +116,7 @@ def _(
                                 tokens_per_entry, long, table, block, precision)  # fmt: skip
     y = x.new_empty(x.shape[0], second.shape[1])
     saved = saved_like(x, packed, route, want_h=want_h, want_z=want_z)
-    return y, *(x.new_empty(0) if one is None else one for one in saved)
+    return y, _or_empty(saved.h, x), _or_empty(saved.z, x)
 
 
 @torch.library.custom_op("compose_kernels::packed_lora_backward", mutates_args=())
@@ -125,7 +130,16 @@ def _packed_lora_backward(
     packed, route = _structured(scaling, adapter, starts, ranks, max_rank, row_block, shape, ids, gates,
                                 tokens_per_entry, long, table, block, precision)  # fmt: skip
     wanted = gradients.Wanted(*needs)
-    return gradients.backward(dy.contiguous(), x, Saved(h, z), first, second, packed, route, wanted)
+    return gradients.backward(
+        dy.contiguous(),
+        x,
+        Saved(h if h.numel() else None, z if z.numel() else None),
+        first,
+        second,
+        packed,
+        route,
+        wanted,
+    )
 
 
 @_packed_lora_backward.register_fake

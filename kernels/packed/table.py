@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,12 @@ class TileTable:
     first: torch.Tensor
     last: torch.Tensor
     block: int
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], block: int) -> TileTable:
+        """The inverse of `tensors`."""
+        order, bounds, adapter, first, last = tensors
+        return cls(order, bounds, adapter, first, last, block)
 
     @property
     def max_tiles(self) -> int:
