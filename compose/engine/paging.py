@@ -17,15 +17,16 @@ from compose.adapter import Adapter
 from compose.bank import Bank
 from compose.engine.attach import AttachedModel, _composed, _fitting_modules, _place, _refuse_attached
 from compose.engine.coefficients import Selection
+from compose.engine.generate import token_rows
 from compose.engine.layers import RuntimeState
 from compose.engine.paging_host import HostTier, Page
 from compose.engine.paging_lane import Lane
 from compose.engine.paging_numbers import named, translated, versions
 from compose.engine.paging_table import Load, SlotTable
+from compose.engine.rows import RowAdapter
 from compose.errors import IncompatibleError
 
 Overflow = Literal["refuse", "split"]
-RowAdapter = str | Mapping[str, float] | None
 
 
 def attach_paged(
@@ -331,9 +332,9 @@ class Pager:
 class PagedModel(AttachedModel):
     """A live model with a bank of which only some adapters are on the device; see `attach_paged`.
 
-    ``set``, ``using`` and ``generate`` take what they take on any handle. A selection's adapters are read when it is
-    set: numbers that name adapters, and dense coefficients, take effect as they are then; values of sparse ones
-    may be written in place later.
+    ``set``, ``using`` and ``generate`` take what they take on any handle; a list for ``set`` or ``using`` may also
+    hold mappings of names to weights. A selection's adapters are read when it is set: numbers that name adapters, and
+    dense coefficients, take effect as they are then; values of sparse ones may be written in place later.
 
     Attributes:
         overflow: ``"refuse"`` or ``"split"``.
@@ -409,6 +410,24 @@ class PagedModel(AttachedModel):
         for _, rows in parts:
             yield rows
 
+    def generate(self, inputs: Any, adapters: Sequence[RowAdapter] | None = None, **options: Any) -> list[list[int]]:
+        """As ``AttachedModel.generate``; with ``overflow="split"`` batches that name too many adapters run in parts.
+
+        Raises:
+            IncompatibleError: As there; or too many adapters with ``overflow="refuse"``.
+            UnknownNameError: A name is not in the bank.
+        """
+        prompts = token_rows(inputs)
+        whole = adapters is None or isinstance(adapters, str | Mapping) or len(adapters) != len(prompts)
+        if adapters is None or whole or self.overflow == "refuse":
+            return super().generate(prompts, adapters, **options)
+        results: dict[int, list[list[int]]] = {}
+        for rows in list(self.split(adapters)):
+            found = super().generate([prompts[row] for row in rows], [adapters[row] for row in rows], **options)
+            copies = len(found) // len(rows)
+            results |= {row: found[at * copies : (at + 1) * copies] for at, row in enumerate(rows)}
+        return [one for row in range(len(prompts)) for one in results[row]]
+
     def export(self) -> list[Adapter]:
         """Return all adapters of the bank; those of a file are read from it."""
         return [self.bank[name] for name in self.bank.names]
@@ -418,6 +437,12 @@ class PagedModel(AttachedModel):
         model = super().detach()
         self._pager.close()
         return model
+
+    def _resolve(self, selection: object) -> Selection | None:
+        """Also a list with weighted sets among its rows."""
+        if isinstance(selection, Sequence) and any(isinstance(one, Mapping) for one in selection):
+            return self._rows(selection, len(selection), "outputs")
+        return super()._resolve(selection)
 
 
 def _capacities(bank: Bank, slots: int | Mapping[int, int]) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from compose.bank import Bank
 from compose.engine.coefficients import AdapterIds, Coefficients
 from compose.engine.paging import attach_paged
 from compose.engine.paging_numbers import translated
+from compose.engine.requests import Request, RunningBatch
 from compose.errors import AdapterFormatError, IncompatibleError, UnknownNameError
 from compose.formats.peft import write_adapter
 
@@ -242,6 +243,47 @@ def test_split_refuses_a_row_that_fits_nowhere_and_unknown_names(pair) -> None:
         list(paged.split(["a", dict.fromkeys("abefh", 1.0)]))
     with pytest.raises(UnknownNameError, match="unknown adapter 'z'"):
         list(paged.split(["z"]))
+
+
+PROMPTS = [[5, 9, 11, 4], [7, 8, 6], [40, 41], [12, 13, 14], [21, 22], [33, 3]]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_generate_splits_what_the_slots_cannot_hold(pair, options) -> None:
+    rows = ["c", {"d": 0.5, "a": 1.5}, "g", None, "c", "b"]
+    paged, whole = pair(slots={8: 2}, overflow="split")
+    chosen = {"max_new_tokens": 4, "stop_ids": [2], **options}
+    assert paged.generate(PROMPTS, rows, **chosen) == whole.generate(PROMPTS, rows, **chosen)
+    refusing, _ = pair(slots={8: 2})
+    with pytest.raises(IncompatibleError, match="5 adapters are named"):
+        refusing.generate(PROMPTS, rows, **chosen)
+    assert refusing.generate(PROMPTS[:2], ["c", "a"], **chosen) == whole.generate(PROMPTS[:2], ["c", "a"], **chosen)
+    with pytest.raises(IncompatibleError, match="one entry for each of the 6 rows"):
+        paged.generate(PROMPTS, rows[:2], **chosen)
+
+
+def test_rows_may_be_weighted_sets(pair, run_model) -> None:
+    paged, whole = pair()
+    rows = [{"c": 0.5, "a": 2.0}, None, "d"]
+    sparse = Coefficients(
+        torch.tensor([[0.5, 2.0], [0.0, 0.0], [1.0, 0.0]]), indices=torch.tensor([[2, 0], [-1, -1], [3, -1]])
+    )
+    with torch.no_grad(), paged.using(rows), whole.using(sparse):
+        assert_close(run_model(paged.model), run_model(whole.model), **EXACT)
+
+
+def test_a_running_batch_moves_through_few_slots(pair) -> None:
+    """Six requests, two rows at a time, two slots: what one after another gives."""
+    paged, whole = pair(slots={8: 2})
+    running = RunningBatch(paged, max_rows=2, stop_ids=[])
+    requests = [Request(prompt, name, 3) for prompt, name in zip(PROMPTS, "cdgcba", strict=True)]
+    for request in requests:
+        running.add(request)
+    done = {id(finished.request): finished.tokens for finished in running.run()}
+    for request in requests:
+        alone = whole.generate([request.prompt], [request.adapter], max_new_tokens=3, stop_ids=[])
+        assert done[id(request)] == alone[0]
+    assert paged.counters.misses >= 5
 
 
 def test_counters_tell_hits_from_prefetched_and_misses(pair) -> None:
