@@ -106,9 +106,10 @@ class _Cell:
         if not self.training:
             return [result]
         y, (dx, *factors) = result
+        y = y.detach()
         if not looped:
             return [y, dx, *factors]
-        held = [t for pair in self.factors for t in pair]
+        held = [t.detach() for pair in self.factors for t in pair]
         factors = [torch.zeros_like(t) if g is None else g for t, g in zip(held, factors, strict=True)]
         return [y, dx, torch.cat(factors[::2]), torch.cat([g.t() for g in factors[1::2]])]
 
