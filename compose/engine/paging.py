@@ -363,6 +363,15 @@ class PagedModel(AttachedModel):
         """Names of the adapters in slots, in the bank's order."""
         return tuple(name for name in self.bank.names if name in self._pager.table)
 
+    @property
+    def placed(self) -> Selection | None:
+        """What is in force, in slot numbers, as the layers read it.
+
+        A captured CUDA graph reads the tensors of the selection it was captured under: keep that one, and copy the
+        numbers of a later one into it, ``first.ids.copy_(attached.placed.ids)``, before the graph is replayed.
+        """
+        return self._state.placed
+
     def reset_counters(self) -> PagingCounters:
         """Return the counters and start them again at 0."""
         return self._pager.take_counters(reset=True)
