@@ -120,10 +120,10 @@ def draw_batches(names: tuple[str, ...], load: Load) -> list[list[str]]:
 def format_record(record: dict[str, Any]) -> str:
     """One line per mode."""
     if record["mode"] == "set-up":
-        return (
-            f"{record['adapters']} adapters of rank {record['rank']}, {record['bytes_per_adapter'] / 1e6:.1f} MB each; "
-            f"model {record['model_s']:.1f} s, bank {record['bank_s']:.1f} s"
+        head = (
+            f"{record['adapters']} adapters of rank {record['rank']}, {record['bytes_per_adapter'] / 1e6:.1f} MB each"
         )
+        return f"{head}; model {record['model_s']:.1f} s, bank {record['bank_s']:.1f} s"
     line = f"{record['mode']:<9} {record.get('slots', ''):>5} {record['tokens_per_s']:>9.0f} tokens/s"
     if record["mode"] == "base":
         return line
@@ -197,16 +197,18 @@ def _run(setting: _Setting, slots: int, *, ahead: bool, wanted: Any) -> tuple[di
         wanted: Logits of the last batch; ``None``: take them here, from a call outside the graph.
     """
     import torch
-    from gpu.llama_model import decode_step
-    from gpu.paging_bank import fill_host
 
     from compose.engine.paging import attach_paged
+    from gpu.llama_model import decode_step
+    from gpu.paging_bank import fill_host
 
     warm, timed = setting.batches[: setting.load.warm], setting.batches[setting.load.warm :]
     with attach_paged(setting.model, setting.bank, slots=slots, host_bytes=1 << 40, backend=setting.backend) as handle:
         fill_host(handle, setting.bank)
         if slots >= len(setting.bank):
-            handle.prefetch(setting.bank.names)
+            names, rows_each = setting.bank.names, setting.load.rows
+            for at in range(0, len(names), rows_each):
+                handle.set(names[at : at + rows_each])
         for rows in warm:
             handle.set(rows)
         step = decode_step(setting.model, setting.size, setting.device)

@@ -1,4 +1,4 @@
-"""Thousands of random adapters in host memory, as packed pages of a few large buffers, and the bank that names them."""
+"""Thousands of random adapters in host memory, packed into a few large buffers, and the bank that names them."""
 
 from __future__ import annotations
 
