@@ -155,6 +155,15 @@ def test_the_handle_shows_the_banks_numbers(pair) -> None:
         assert paged.active.ids.tolist() == [6, -1, 1]
 
 
+def test_placed_shows_the_slots_numbers(pair) -> None:
+    """What a captured graph reads: c and g need the large slots, 2 and 3, b fits slot 0."""
+    paged, _ = pair()
+    paged.set(["g", None, "c", "b"])
+    assert paged.placed.ids.tolist() == [3, -1, 2, 0]
+    paged.set(None)
+    assert paged.placed is None
+
+
 def test_an_inner_block_may_take_the_slots_of_the_outer_one(pair, run_model) -> None:
     paged, whole = pair(slots={8: 1})
     with torch.no_grad(), paged.using("c"):
