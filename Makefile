@@ -38,6 +38,7 @@ gpu-bench: .venv/installed
 	mkdir -p runs
 	$(BIN)/python benchmarks/gpu/ops.py --device cuda --out runs/gpu_ops.jsonl
 	$(BIN)/python benchmarks/gpu/llama.py --device cuda --out runs/gpu_llama.jsonl
+	$(BIN)/python benchmarks/gpu/paging.py --device cuda --out runs/gpu_paging.jsonl
 
 clean:
 	rm -rf .venv build dist runs *.egg-info
