@@ -11,9 +11,9 @@ from compose.adapter import Adapter, LowRank
 from compose.bank import Bank
 from compose.demo.assets import demo_bank, demo_base
 from compose.demo.tasks import TASKS, shots
-from compose.fewshot.encoding import Encoded, encode
-from compose.fewshot.examples import Example
 from compose.fewshot.loading import load_model
+from compose.text.encoding import Encoded, encode
+from compose.text.examples import Example
 
 MAX_RANK = 8
 TASK_NAMES = tuple(

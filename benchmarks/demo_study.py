@@ -121,10 +121,10 @@ def measure(job: tuple[str, int, int, int, str]) -> list[dict[str, Any]]:
     from compose.bank import Bank
     from compose.demo.assets import demo_bank, demo_base
     from compose.demo.tasks import TASKS, shots, test_items
-    from compose.fewshot.examples import Example
     from compose.fewshot.loading import load_model
     from compose.fewshot.run import few_shot_search
     from compose.fewshot.settings import SearchSettings
+    from compose.text.examples import Example
 
     name, count, draw, items, device = job
     task = TASKS[name]

@@ -19,8 +19,8 @@ from peft import set_peft_model_state_dict
 from peft_side import peft_model, peft_state
 
 from compose.adapter import Adapter
-from compose.fewshot.encoding import Encoded
 from compose.merging.ops import concatenate
+from compose.text.encoding import Encoded
 
 BOUND = 1.5
 BUDGET = 40

@@ -191,7 +191,7 @@ def measure(job: Job) -> dict[str, Any]:
     """Return one row."""
     from compose.demo.tasks import TASKS, shots, test_items
     from compose.fewshot.compare import Comparison, TaskItems, record_of
-    from compose.fewshot.examples import Example
+    from compose.text.examples import Example
 
     def drawn(name: str) -> tuple[Example, ...]:
         return tuple(Example(*item) for item in shots(TASKS[name], job.shots, job.group.seed))

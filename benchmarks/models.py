@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from compose.adapter import Adapter, LowRank
-from compose.fewshot.encoding import Encoded
+from compose.text.encoding import Encoded
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 T5_QV = ("q", "v")

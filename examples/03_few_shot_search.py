@@ -6,9 +6,9 @@ Prints what was chosen and why, the largest weights, and exact match beside base
 import compose
 from compose.demo.assets import demo_bank, demo_base
 from compose.demo.tasks import TASKS, shots, test_items
-from compose.fewshot.examples import Example
 from compose.fewshot.loading import load_model
 from compose.fewshot.settings import SearchSettings
+from compose.text.examples import Example
 
 
 def main() -> None:

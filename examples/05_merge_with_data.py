@@ -14,10 +14,10 @@ from compose.demo.assets import demo_bank, demo_base
 from compose.demo.tasks import TASKS, test_items
 from compose.engine.data_merge import merge_with_data
 from compose.engine.merged import Merged
-from compose.fewshot.encoding import encode, pad
-from compose.fewshot.examples import Example
 from compose.fewshot.loading import LoadedModel, load_model
 from compose.fewshot.losses import response_losses
+from compose.text.encoding import encode, pad
+from compose.text.examples import Example
 
 NAMES = ("commas", "sort_words")
 OPTIONS = {

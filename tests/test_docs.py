@@ -18,6 +18,7 @@ FOLDERS = (
     "compose/cli",
     "compose/merging",
     "compose/report",
+    "compose/text",
 )
 OUTSIDE = (
     "kernels",

@@ -17,7 +17,6 @@ import compose
 from compose.bank import Bank
 from compose.engine.attach import AttachedModel
 from compose.engine.coefficients import Combine
-from compose.fewshot.encoding import Encoded
 from compose.fewshot.population import PopulationObjective
 from compose.fewshot.procedure import DEFAULT_BUDGET
 from compose.search.evaluator import Budget
@@ -25,6 +24,7 @@ from compose.search.objective import Evaluation
 from compose.search.procedure import search
 from compose.search.space import Space
 from compose.search.strategies.cobyla import Cobyla
+from compose.text.encoding import Encoded
 
 
 @case(

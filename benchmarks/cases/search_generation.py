@@ -17,8 +17,8 @@ from timing import interleaved
 import compose
 from compose.bank import Bank
 from compose.engine.coefficients import Combine
-from compose.fewshot.encoding import Encoded
 from compose.fewshot.population import PopulationObjective
+from compose.text.encoding import Encoded
 
 BASELINE = (
     "the same function one by one through PEFT. parameters: LoRAHub's procedure (sum state dicts, write them into the "

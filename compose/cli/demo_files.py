@@ -11,7 +11,7 @@ from compose.errors import ComposeError, UnknownNameError
 
 if TYPE_CHECKING:
     from compose.demo.tasks import Task
-    from compose.fewshot.examples import Example
+    from compose.text.examples import Example
 
 TEST_ITEMS = 100
 HELD_OUT = ("wording", "composition", "mixture")
@@ -69,7 +69,7 @@ def demo_examples(task: Task, shots: int, draw: int, test: int | None = None) ->
     """Return one draw of shots and the first ``test`` (`TEST_ITEMS`) test items; they share no content."""
     from compose.demo.tasks import shots as draw_shots
     from compose.demo.tasks import test_items
-    from compose.fewshot.examples import Example
+    from compose.text.examples import Example
 
     drawn, held_out = draw_shots(task, shots, draw), test_items(task, TEST_ITEMS if test is None else test)
     return [Example(*item) for item in drawn], [Example(*item) for item in held_out]

@@ -117,9 +117,9 @@ def _answers(
 
 def _continue(loaded: LoadedModel, prompts: list[str], max_new_tokens: int) -> list[str]:
     from compose.engine.generate import generate_tokens
-    from compose.fewshot.encoding import encode
-    from compose.fewshot.examples import Example
     from compose.fewshot.scoring import stop_ids
+    from compose.text.encoding import encode
+    from compose.text.examples import Example
 
     encoder_decoder = loaded.model.config.is_encoder_decoder
     examples = [Example(text, "") for text in prompts]

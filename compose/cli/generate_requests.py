@@ -113,8 +113,8 @@ def _used(bank: Bank, lines: Sequence[RequestLine]) -> Bank:
 def _fill(batch: RunningBatch, loaded: LoadedModel, lines: Sequence[RequestLine], source: str) -> dict[Request, int]:
     """Add every request; return request -> place in ``lines``."""
     from compose.engine.requests import Request
-    from compose.fewshot.encoding import encode
-    from compose.fewshot.examples import Example
+    from compose.text.encoding import encode
+    from compose.text.examples import Example
 
     encoder_decoder = loaded.model.config.is_encoder_decoder
     places, problems = {}, []

@@ -50,8 +50,8 @@ def compare_methods(
         raise ComposeError(f"--compare takes no {', no '.join(said)}")
     from compose.cli.merge import open_bank
     from compose.fewshot.compare import REFERENCES, split_items
-    from compose.fewshot.examples import read_labelled_examples
     from compose.fewshot.run_folder import RunFolder
+    from compose.text.examples import read_labelled_examples
 
     names = [*REFERENCES, *chosen_methods(methods)]
     tasks = split_items(read_labelled_examples(eval_file, ("task",)))
@@ -163,7 +163,7 @@ def _kept(events: Path, head: Mapping[str, Any]) -> list[ComparedRow]:
 
 
 def _fingerprint(request: MergeRequest, bank: Bank, tasks: Mapping[str, TaskItems]) -> str:
-    from compose.fewshot.examples import examples_hash
+    from compose.text.examples import examples_hash
 
     items = {task: [examples_hash(one.selection), examples_hash(one.test)] for task, one in tasks.items()}
     about = [dict(bank.hashes), str(request.base), request.rank, request.seed, items]

@@ -56,7 +56,7 @@ def run_with_data(bank: Bank, request: MergeRequest, options: dict[str, Any]) ->
     from compose.engine.attach import attach
     from compose.engine.data_merge import DATA_METHODS, merge_with_data
     from compose.fewshot.data_batches import data_batches
-    from compose.fewshot.examples import read_labelled_examples
+    from compose.text.examples import read_labelled_examples
 
     if request.data is None:
         raise AssertionError("checked in check_data")

@@ -12,9 +12,9 @@ from compose.errors import ComposeError
 
 if TYPE_CHECKING:
     from compose.bank import Bank
-    from compose.fewshot.examples import Example
     from compose.fewshot.loading import LoadedModel
     from compose.fewshot.settings import SearchSettings
+    from compose.text.examples import Example
 
 DEMO_SHOTS = 5
 
@@ -99,7 +99,7 @@ class SearchRequest:
         """
         from compose.bank import Bank
         from compose.cli.loading import load_base
-        from compose.fewshot.examples import read_examples
+        from compose.text.examples import read_examples
 
         if self.demo is not None:
             from compose.cli.demo_files import demo_examples, demo_paths, demo_task

@@ -22,10 +22,10 @@ from compose.engine.merge import checked_method, merge
 from compose.errors import ExamplesError, IncompatibleError
 from compose.fewshot.compare_scores import RowScores, score_rows
 from compose.fewshot.data_batches import data_batches
-from compose.fewshot.examples import Example
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.scoring import ROWS
 from compose.merging.method import METHODS
+from compose.text.examples import Example
 
 SCALES = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 """Factors of a result that are tried; the search goes on by ``STEP`` beyond the end that is the best."""

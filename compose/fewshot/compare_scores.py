@@ -11,11 +11,11 @@ import torch
 from compose.engine.attach import AttachedModel
 from compose.engine.coefficients import Coefficients
 from compose.engine.generate import generate_tokens
-from compose.fewshot.encoding import encode
-from compose.fewshot.examples import Example
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.losses import response_losses
 from compose.fewshot.scoring import ROWS, stop_ids
+from compose.text.encoding import encode
+from compose.text.examples import Example
 
 
 class RowScores(NamedTuple):

@@ -12,8 +12,6 @@ import torch
 from compose.bank import Bank
 from compose.engine.attach import AttachedModel, attach
 from compose.engine.coefficients import Coefficients
-from compose.fewshot.encoding import Encoded
-from compose.fewshot.examples import Example
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.losses import response_losses
 from compose.fewshot.procedure import SearchOutcome, run_search
@@ -21,6 +19,8 @@ from compose.fewshot.random_bank import random_bank
 from compose.fewshot.scoring import Scores, constant_scores, score
 from compose.fewshot.settings import CONTROLS, SearchSettings
 from compose.fewshot.trained_lora import train_on_shots
+from compose.text.encoding import Encoded
+from compose.text.examples import Example
 
 CHEAP_FLOPS = {"cpu": 3e13, "cuda": 5e15}
 """Up to so many operations a control that costs as much as the search runs without being asked for."""

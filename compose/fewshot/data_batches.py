@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from compose.fewshot.encoding import Encoded, encode, pad
-from compose.fewshot.examples import Example
 from compose.fewshot.loading import LoadedModel
+from compose.text.encoding import Encoded, encode, pad
+from compose.text.examples import Example
 
 ROWS = 16
 """Examples in one batch."""

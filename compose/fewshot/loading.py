@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from compose.errors import ComposeError
-from compose.fewshot.encoding import PromptFormat
+from compose.text.encoding import PromptFormat
 
 
 class LoadedModel(NamedTuple):

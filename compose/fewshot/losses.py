@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from compose.fewshot.encoding import Encoded, pad
+from compose.text.encoding import Encoded, pad
 
 
 def response_losses(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:

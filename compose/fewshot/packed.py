@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from compose.fewshot.encoding import Encoded
+from compose.text.encoding import Encoded
 
 MODEL_TYPES = frozenset(
     ["gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo", "olmo2", "phi", "qwen2", "qwen3", "stablelm"]

@@ -15,10 +15,10 @@ import torch
 
 from compose.engine.attach import AttachedModel
 from compose.engine.coefficients import Coefficients, Combine
-from compose.fewshot.encoding import Encoded
 from compose.fewshot.losses import response_losses
 from compose.fewshot.packed import PackedExamples, pack
 from compose.search.objective import Evaluation
+from compose.text.encoding import Encoded
 
 GRADIENT_COST = 2.0
 """Forward-equivalents of one candidate's value and gradient: with a frozen base the backward pass computes activation

@@ -10,9 +10,9 @@ import numpy as np
 
 from compose.engine.attach import AttachedModel
 from compose.errors import ComposeError
-from compose.fewshot.encoding import Encoded
-from compose.fewshot.examples import Example
 from compose.fewshot.population import PopulationObjective
+from compose.text.encoding import Encoded
+from compose.text.examples import Example
 
 POPULATION = 256
 """Sums of adapters evaluated in one call; bounds the table of weights where the bank is large."""

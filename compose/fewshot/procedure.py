@@ -11,7 +11,6 @@ import torch
 
 from compose.engine.attach import AttachedModel
 from compose.engine.coefficients import Coefficients
-from compose.fewshot.encoding import Encoded
 from compose.fewshot.population import DEFAULT_TOKENS, PopulationObjective
 from compose.fewshot.settings import SearchSettings
 from compose.search.evaluator import Budget, Progress
@@ -19,6 +18,7 @@ from compose.search.guard import Guard
 from compose.search.journal import JournalFile
 from compose.search.procedure import SearchResult, search
 from compose.search.space import Space
+from compose.text.encoding import Encoded
 
 DEFAULT_BUDGET = 1000.0
 """Forward-equivalents a search may spend unless the settings say otherwise."""

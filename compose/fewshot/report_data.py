@@ -16,12 +16,12 @@ import compose
 from compose.bank import Bank
 from compose.engine.composed import ComposedAdapter
 from compose.fewshot.controls import Control, Measured
-from compose.fewshot.examples import examples_hash
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.preselect import Preselection
 from compose.fewshot.procedure import SearchOutcome
 from compose.fewshot.scoring import Interval, Scores, interval
 from compose.fewshot.settings import SearchSettings
+from compose.text.examples import examples_hash
 
 SCHEMA_VERSION = 1
 _SHOWN_TEST_ITEMS = 12

@@ -24,8 +24,6 @@ from compose.fewshot.controls import (
     trained_lora_control,
     wanted_controls,
 )
-from compose.fewshot.encoding import encode
-from compose.fewshot.examples import Example, examples_hash
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.preselect import (
     Preselection,
@@ -42,6 +40,8 @@ from compose.fewshot.settings import SearchSettings
 from compose.formats.peft import adapter_files
 from compose.search.evaluator import Progress
 from compose.search.journal import JournalFile
+from compose.text.encoding import encode
+from compose.text.examples import Example, examples_hash
 
 ADAPTER_NAME = "composed"
 

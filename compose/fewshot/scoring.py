@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from compose.engine.generate import generate_tokens
-from compose.fewshot.encoding import encode
-from compose.fewshot.examples import Example
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.losses import response_losses
+from compose.text.encoding import encode
+from compose.text.examples import Example
 
 ROWS = 128
 """Rows scored in one batch."""

@@ -11,10 +11,10 @@ from compose.adapter import Adapter, LowRank
 from compose.bank import Bank
 from compose.engine.attach import AttachedModel, attach
 from compose.engine.coefficients import Coefficients
-from compose.fewshot.encoding import Encoded
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.losses import response_losses
 from compose.fewshot.population import GRADIENT_COST
+from compose.text.encoding import Encoded
 
 
 def fresh_adapter(bank: Bank, *, rank: int, seed: int) -> Adapter:

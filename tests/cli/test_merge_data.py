@@ -10,9 +10,9 @@ from compose.cli.main import build_app
 from compose.engine.attach import attach
 from compose.engine.data_merge import merge_with_data
 from compose.fewshot.data_batches import data_batches
-from compose.fewshot.examples import Example
 from compose.fewshot.loading import load_model
 from compose.formats.peft import read_adapter
+from compose.text.examples import Example
 
 RECORDS = [
     ("say a b:", "b a", "alpha"),

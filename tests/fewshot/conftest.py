@@ -7,9 +7,9 @@ import compose
 from compose.adapter import Adapter, LowRank
 from compose.bank import Bank
 from compose.engine.generate import generate_tokens
-from compose.fewshot.encoding import PromptFormat
-from compose.fewshot.examples import Example
 from compose.fewshot.loading import LoadedModel
+from compose.text.encoding import PromptFormat
+from compose.text.examples import Example
 
 EOS = "<|end|>"
 

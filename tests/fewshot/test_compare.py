@@ -27,11 +27,11 @@ from compose.fewshot.compare import (
 )
 from compose.fewshot.compare_scores import score_rows
 from compose.fewshot.data_batches import data_batches
-from compose.fewshot.encoding import PromptFormat, encode
-from compose.fewshot.examples import Example
 from compose.fewshot.losses import response_losses
 from compose.fewshot.scoring import score, stop_ids
 from compose.merging.method import METHODS
+from compose.text.encoding import PromptFormat, encode
+from compose.text.examples import Example
 
 LONGEST = 8
 

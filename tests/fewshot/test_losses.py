@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from compose.fewshot.encoding import Encoded
 from compose.fewshot.losses import response_losses
+from compose.text.encoding import Encoded
 
 ROWS = [Encoded((5, 9, 11), (4, 30, 2)), Encoded((7, 8, 6, 12, 40), (3, 2)), Encoded((41,), (3, 8, 9, 10, 2))]
 

@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import compose
 from compose.fewshot import packed
-from compose.fewshot.encoding import Encoded
 from compose.fewshot.losses import response_losses
 from compose.fewshot.packed import MODEL_TYPES, pack, takes_packed_rows
 from compose.fewshot.population import PopulationObjective
+from compose.text.encoding import Encoded
 
 SHARED = (5, 9, 11, 30, 12, 7, 8, 21)
 EXAMPLES = [

@@ -8,10 +8,10 @@ import torch
 
 import compose
 from compose.engine.coefficients import Coefficients
-from compose.fewshot.encoding import encode
 from compose.fewshot.losses import response_losses
 from compose.fewshot.population import PopulationObjective
 from compose.formats.peft import write_adapter
+from compose.text.encoding import encode
 
 
 @pytest.fixture

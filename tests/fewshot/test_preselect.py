@@ -6,9 +6,9 @@ import torch
 
 import compose
 from compose.errors import ComposeError
-from compose.fewshot.encoding import Encoded, encode
 from compose.fewshot.losses import response_losses
 from compose.fewshot.preselect import preselect_at_random, preselect_by_loss, preselect_by_ranker, single_losses
+from compose.text.encoding import Encoded, encode
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 import compose
 from compose.bank import Bank
 from compose.errors import ComposeError, RunFolderError
-from compose.fewshot.examples import Example
 from compose.fewshot.run import few_shot_search, plan_search
 from compose.fewshot.settings import SearchSettings
+from compose.text.examples import Example
 
 QUICK = SearchSettings(strategy="gradient", budget=40, controls=("base", "best_single"))
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 import compose
-from compose.fewshot.examples import Example
 from compose.fewshot.scoring import constant_scores, interval, score
+from compose.text.examples import Example
 
 
 def test_the_right_adapter_scores_and_order_is_kept(loaded, bank, task) -> None:

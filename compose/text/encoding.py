@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from compose.errors import ComposeError, ExamplesError
-from compose.fewshot.examples import Example
+from compose.text.examples import Example
 
 FORMAT_FILE = "compose.json"
 

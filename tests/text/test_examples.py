@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from compose.errors import ExamplesError
-from compose.fewshot.examples import Example, examples_hash, read_examples
+from compose.text.examples import Example, examples_hash, read_examples
 
 
 def write(folder: Path, *lines: str) -> Path:
@@ -78,7 +78,7 @@ def test_the_hash_sees_contents_and_order() -> None:
 
 
 def test_a_prompt_format_survives_its_file(tmp_path) -> None:
-    from compose.fewshot.encoding import PromptFormat
+    from compose.text.encoding import PromptFormat
 
     chosen = PromptFormat("Q: {input}\nA:", "\n")
     chosen.save(tmp_path)
