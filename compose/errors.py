@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
+_SHOWN_NAMES = 40
+
 
 class ComposeError(ValueError):
     """Base of every error Compose raises on purpose. The command line prints it on one line and exits with 2."""
@@ -33,3 +38,12 @@ class ExamplesError(ComposeError):
 
 class RunFolderError(ComposeError):
     """An output folder exists, is incomplete, or belongs to another run."""
+
+
+def unknown_name(what: str, given: str, known: Collection[str]) -> str:
+    """Return ``unknown <what> 'tise'; did you mean 'ties'? (known: linear, ties)``; of many names the first 40."""
+    names = list(known)
+    close = difflib.get_close_matches(given, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    more = [f"and {len(names) - _SHOWN_NAMES} more"] if len(names) > _SHOWN_NAMES else []
+    return f"unknown {what} {given!r}; {hint}(known: {', '.join([*names[:_SHOWN_NAMES], *more]) or 'none'})"

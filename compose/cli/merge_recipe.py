@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compose.cli.merge_yaml import read_yaml
 from compose.errors import ComposeError
+from compose.text.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from compose.engine.merge_weights import Weight

@@ -85,16 +85,28 @@ def encode(
     """
     encoded = []
     for number, example in enumerate(examples, start=1):
-        prompt_text = prompt_format.prompt(example, tokenizer)
-        special = not example.messages
-        prompt = tokenizer(prompt_text, add_special_tokens=special).input_ids
-        if not encoder_decoder and prompt and prompt[-1] == tokenizer.eos_token_id and special:
-            prompt = prompt[:-1]
-        response = response_ids(example.output, tokenizer, prompt_format)
-        if not prompt or not response:
-            raise ExamplesError(f"example {number} has no tokens in its {'response' if prompt else 'prompt'}")
-        encoded.append(Encoded(tuple(prompt), tuple(response)))
+        try:
+            encoded.append(encode_one(example, tokenizer, prompt_format, encoder_decoder=encoder_decoder))
+        except ExamplesError as error:
+            raise ExamplesError(f"example {number} {error}") from None
     return encoded
+
+
+def encode_one(example: Example, tokenizer: Any, prompt_format: PromptFormat, *, encoder_decoder: bool) -> Encoded:
+    """Tokenise one example; see `encode`.
+
+    Raises:
+        ExamplesError: It "has no tokens in its prompt", or response.
+    """
+    prompt_text = prompt_format.prompt(example, tokenizer)
+    special = not example.messages
+    prompt = tokenizer(prompt_text, add_special_tokens=special).input_ids
+    if not encoder_decoder and prompt and prompt[-1] == tokenizer.eos_token_id and special:
+        prompt = prompt[:-1]
+    response = response_ids(example.output, tokenizer, prompt_format)
+    if not prompt or not response:
+        raise ExamplesError(f"has no tokens in its {'response' if prompt else 'prompt'}")
+    return Encoded(tuple(prompt), tuple(response))
 
 
 def response_ids(text: str, tokenizer: Any, prompt_format: PromptFormat) -> list[int]:
@@ -102,9 +114,14 @@ def response_ids(text: str, tokenizer: Any, prompt_format: PromptFormat) -> list
     return tokenizer(text + prompt_format.suffix(tokenizer), add_special_tokens=False).input_ids
 
 
-def pad(rows: Sequence[Sequence[int]], fill: int | None, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids ``(B, T)`` int64 and mask ``(B, T)`` int64; ``fill=None`` repeats each row's last token."""
-    width = max(len(row) for row in rows)
+def pad(
+    rows: Sequence[Sequence[int]], fill: int | None, *, left: bool = False, multiple: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids ``(B, T)`` int64 and mask ``(B, T)`` int64; ``fill=None`` repeats each row's last token.
+
+    ``T`` is the longest row's length, rounded up to a multiple of ``multiple``.
+    """
+    width = -(-max(len(row) for row in rows) // multiple) * multiple
     ids, mask = [], []
     for row in rows:
         gap = width - len(row)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compose.errors import ExamplesError
+from compose.errors import unknown_name
+from compose.text.jsonl import BadLineError, read_jsonl
 
-MAX_FILE_BYTES = 256 * 2**20
-_SHOWN_PROBLEMS = 20
 _INPUT_NAMES = ("input", "prompt")
 _OUTPUT_NAMES = ("output", "response")
 
@@ -44,7 +42,7 @@ def read_examples(path: str | Path) -> list[Example]:
     Raises:
         ExamplesError: The file is missing, too large, empty, or has bad lines, which are all named with their number.
     """
-    return [example for example, _ in _read(Path(path))]
+    return read_jsonl([Path(path)], lambda record, line: parse_example(record))
 
 
 def read_labelled_examples(
@@ -61,8 +59,9 @@ def read_labelled_examples(
         ExamplesError: As `read_examples`; or lines without a label, with two, or with one that is not known.
     """
     found: dict[str, list[Example]] = {}
-    for example, record in _read(Path(path), lambda record: _label(record, names, known)):
-        found.setdefault(_label(record, names, known), []).append(example)
+    lines = read_jsonl([Path(path)], lambda record, line: (parse_example(record), _label(record, names, known)))
+    for example, label in lines:
+        found.setdefault(label, []).append(example)
     return found
 
 
@@ -72,96 +71,85 @@ def examples_hash(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode()).hexdigest()
 
 
-class _BadLineError(Exception):
-    """What is wrong with one line."""
+def parse_example(record: Mapping[str, Any]) -> Example:
+    """Return the example of one record; see `read_examples`.
 
-
-def _read(
-    file: Path, check: Callable[[Mapping[str, Any]], object] = lambda record: None
-) -> list[tuple[Example, Mapping[str, Any]]]:
-    """Every line's example and whole record; the problems of all lines at once, those of ``check`` too."""
-    if not file.is_file():
-        raise ExamplesError(f"{file}: no such file; give a JSONL file with one example per line")
-    if file.stat().st_size > MAX_FILE_BYTES:
-        raise ExamplesError(f"{file}: {file.stat().st_size} bytes, at most {MAX_FILE_BYTES}; pass a smaller sample")
-    examples, problems = [], []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = _record(line)
-            example = _parse(record)
-            check(record)
-            examples.append((example, record))
-        except _BadLineError as error:
-            problems.append(f"{file}:{number}: {error}")
-    if problems:
-        more = [f"... and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
-        raise ExamplesError("\n".join([*problems[:_SHOWN_PROBLEMS], *more]))
-    if not examples:
-        raise ExamplesError(f"{file}: no examples; give at least one line with 'input' and 'output'")
-    return examples
-
-
-def _record(line: bytes) -> Mapping[str, Any]:
-    try:
-        record = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _BadLineError(f"not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise _BadLineError(f"expected an object, got {type(record).__name__}")
-    return record
-
-
-def _parse(record: Mapping[str, Any]) -> Example:
+    Raises:
+        BadLineError: What is wrong with it.
+    """
     if "messages" in record:
-        example = _from_messages(record["messages"])
-    else:
-        example = Example(_text(record, _INPUT_NAMES), _text(record, _OUTPUT_NAMES))
-    if not example.output:
-        raise _BadLineError("the output is empty")
-    return Example(example.input, example.output, _choices(record, example.output), example.messages)
+        turns, output = parse_messages(record["messages"])
+        return make_example(turns[-1]["content"], output, record.get("choices", []), turns)
+    return make_example(text_field(record, _INPUT_NAMES), text_field(record, _OUTPUT_NAMES), record.get("choices", []))
 
 
-def _label(record: Mapping[str, Any], names: Sequence[str], known: Collection[str] | None) -> str:
-    label = _text(record, names)
-    if known is not None and label not in known:
-        close = difflib.get_close_matches(label, list(known), n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise _BadLineError(f"unknown {' or '.join(names)} {label!r}; {hint}(known: {', '.join(known)})")
-    if not label:
-        raise _BadLineError(f"its {' or '.join(names)} is empty")
-    return label
+def make_example(input_: str, output: str, choices: Any, messages: tuple[Mapping[str, str], ...] = ()) -> Example:
+    """Return an example, its parts checked.
+
+    Raises:
+        BadLineError: The output is empty; or ``choices`` are no list of distinct strings with the output among them.
+    """
+    if not output:
+        raise BadLineError("the output is empty")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise BadLineError("'choices' must be a list of strings")
+    if choices and (output not in choices or len(set(choices)) != len(choices)):
+        raise BadLineError(f"'choices' must be distinct and contain the output {output!r}")
+    return Example(input_, output, tuple(choices), messages)
 
 
-def _text(record: Mapping[str, Any], names: Sequence[str]) -> str:
-    given = [name for name in names if name in record]
-    if len(given) != 1:
-        found = f"both {' and '.join(map(repr, given))}" if given else f"only {sorted(record)}"
-        raise _BadLineError(f"needs exactly one of {' or '.join(map(repr, names))}, has {found}")
-    value = record[given[0]]
-    if not isinstance(value, str):
-        raise _BadLineError(f"{given[0]!r} must be a string, got {type(value).__name__}")
-    return value
+def parse_messages(messages: Any) -> tuple[tuple[Mapping[str, str], ...], str]:
+    """Return the turns before the last, and the content of the last, which is the assistant's.
 
-
-def _from_messages(messages: Any) -> Example:
+    Raises:
+        BadLineError: They are not chat turns, or end otherwise.
+    """
     fine = isinstance(messages, list) and len(messages) >= 2
     if not fine or not all(
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in messages
     ):
-        raise _BadLineError("'messages' must be a list of at least two {'role', 'content'} objects with string values")
+        raise BadLineError("'messages' must be a list of at least two {'role', 'content'} objects with string values")
     if messages[-1]["role"] != "assistant":
-        raise _BadLineError(f"the last message must be the assistant's, got role {messages[-1]['role']!r}")
+        raise BadLineError(f"the last message must be the assistant's, got role {messages[-1]['role']!r}")
+    for turn in messages:
+        check_text("messages", turn["content"])
     turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in messages[:-1])
-    return Example(turns[-1]["content"], messages[-1]["content"], (), turns)
+    return turns, messages[-1]["content"]
 
 
-def _choices(record: Mapping[str, Any], output: str) -> tuple[str, ...]:
-    choices = record.get("choices", [])
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise _BadLineError("'choices' must be a list of strings")
-    if choices and (output not in choices or len(set(choices)) != len(choices)):
-        raise _BadLineError(f"'choices' must be distinct and contain the output {output!r}")
-    return tuple(choices)
+def text_field(record: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the text of the one field among ``names`` that the record has.
+
+    Raises:
+        BadLineError: It has none or several of them, or something else than text in it.
+    """
+    given = [name for name in names if name in record]
+    if len(given) != 1:
+        found = f"both {' and '.join(map(repr, given))}" if given else f"only {sorted(record)}"
+        raise BadLineError(f"needs exactly one of {' or '.join(map(repr, names))}, has {found}")
+    return check_text(given[0], record[given[0]])
+
+
+def check_text(name: str, value: Any) -> str:
+    """Return ``value`` where it is text that a tokenizer can read.
+
+    Raises:
+        BadLineError: It is no text, or has half of a surrogate pair in it, which JSON allows and Unicode does not.
+    """
+    if not isinstance(value, str):
+        raise BadLineError(f"{name!r} must be a string, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadLineError(f"{name!r} is not valid Unicode ({error.reason} at character {error.start})") from None
+    return value
+
+
+def _label(record: Mapping[str, Any], names: Sequence[str], known: Collection[str] | None) -> str:
+    label = text_field(record, names)
+    if known is not None and label not in known:
+        raise BadLineError(unknown_name(" or ".join(names), label, known))
+    if not label:
+        raise BadLineError(f"its {' or '.join(names)} is empty")
+    return label

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from compose.cli.main import build_app
 from compose.cli.merge_recipe import KEYS, MergeRequest, read_recipe, read_request
-from compose.cli.merge_yaml import MOST_BYTES, read_yaml
 from compose.errors import ComposeError
 from compose.formats.peft import read_adapter
+from compose.text.yaml_file import MOST_BYTES, read_yaml
 
 
 def merge(*arguments: object):

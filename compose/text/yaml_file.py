@@ -21,7 +21,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
             is not text, a tag, or no mapping.
     """
     if not file.is_file():
-        raise ComposeError(f"{file}: no such file; give a recipe, a YAML file with keys such as bank and method")
+        raise ComposeError(f"{file}: no such file; give a recipe, a YAML file of keys and values")
     if file.stat().st_size > MOST_BYTES:
         raise ComposeError(f"{file}: {file.stat().st_size} bytes; a recipe has at most {MOST_BYTES}")
     try:
