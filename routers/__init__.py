@@ -1,1 +1,30 @@
-"""Routers: token-, sequence- and task-level gates over a bank of adapters."""
+"""Routers: mixtures of LoRA experts over a bank; names resolve on first use."""
+
+from __future__ import annotations
+
+import importlib
+
+_EXPORTS = {
+    "MixtureSpec": "compose.routers.spec",
+    "PRESETS": "compose.routers.presets.registry",
+    "RoutedModel": "compose.routers.routed",
+    "Routing": "compose.routers.routing",
+    "RoutingContext": "compose.routers.context",
+    "build": "compose.routers.build",
+    "fresh_experts": "compose.routers.experts",
+    "linear_targets": "compose.routers.experts",
+    "preset": "compose.routers.presets.registry",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module on first use."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'compose.routers' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

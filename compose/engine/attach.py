@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -82,6 +82,7 @@ class AttachedModel:
         self._state = state
         self._attached = True
         self._frozen: list[nn.Parameter] = []
+        self._at_detach: list[Callable[[], None]] = []
         if trainable:
             self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
             for parameter in self._frozen:
@@ -115,9 +116,9 @@ class AttachedModel:
         """Put coefficients into force until the next call.
 
         Args:
-            selection: ``Coefficients``; ``AdapterIds``; a name (that adapter, at 1, for the whole batch); a mapping of
-                names to weights (for the whole batch); a list with one name or ``None`` per row; or ``None`` for the
-                bare base model.
+            selection: ``Coefficients``; ``AdapterIds``; another `Selection` (a router's); a name (that adapter, at 1, for
+                the whole batch); a mapping of names to weights (for the whole batch); a list with one name or ``None``
+                per row; or ``None`` for the bare base model.
 
         Raises:
             IncompatibleError: The numbers do not fit the bank, or the handle is detached.
@@ -198,10 +199,16 @@ class AttachedModel:
         """Return the adapters as they are now (after training: the trained factors), copied to the CPU."""
         return [self._export(index, name) for index, name in enumerate(self.bank.names)]
 
+    def at_detach(self, undo: Callable[[], None]) -> None:
+        """Have ``undo`` called at the start of `detach`: for what was put on the model beside the bank."""
+        self._at_detach.append(undo)
+
     def detach(self) -> nn.Module:
         """Restore the very same module objects and return the model."""
         if not self._attached:
             raise IncompatibleError("this handle is detached already")
+        for undo in self._at_detach:
+            undo()
         for path, target in self._places.items():
             _set_submodule(self.model, path, self.layers[target].base_layer)
         for parameter in self._frozen:
@@ -229,7 +236,7 @@ class AttachedModel:
             selection = AdapterIds(torch.tensor([-1 if name is None else self.bank.index(name) for name in selection]))
         if selection is None:
             return None
-        if not isinstance(selection, Coefficients | AdapterIds):
+        if not isinstance(selection, Selection):
             raise IncompatibleError(f"expected coefficients, names or None, got {type(selection).__name__}")
         selection.check(list(self.layers), len(self.bank))
         return selection.to(self.device)

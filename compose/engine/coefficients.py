@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -36,6 +36,20 @@ class LayerCall(NamedTuple):
     target: str
     backend: str
     owns_base: bool
+
+
+@runtime_checkable
+class Selection(Protocol):
+    """What can be in force on an attached model: coefficients, ids, or a router that computes gates in the forward."""
+
+    def check(self, targets: list[str], num_adapters: int) -> None:
+        """Raise unless it fits a bank of ``num_adapters`` with these targets."""
+
+    def to(self, device: torch.device) -> Selection:
+        """Return the same on ``device``."""
+
+    def apply(self, x: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Return the base output plus the contribution at one target: ``x (B, D)`` or ``(B, T, D)``."""
 
 
 class _FittedGates(NamedTuple):
@@ -187,9 +201,6 @@ class AdapterIds:
             ids = _repeat_rows(self.ids, rows, target).to(device)
             self._plans[rows, device] = (ids, plan_groups(ids))
         return self._plans[rows, device]
-
-
-Selection = Coefficients | AdapterIds
 
 
 def _check_range(what: str, ids: torch.Tensor, num_adapters: int) -> None:

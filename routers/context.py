@@ -1,0 +1,96 @@
+"""RoutingContext: what a router may know about a batch beside hidden states; masks of prompts and padding.
+
+Shape letters: ``B`` rows, ``T`` tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from compose.errors import IncompatibleError
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """Travels beside the model's inputs; everything is optional and refused with a message where a gate needs it.
+
+    Attributes:
+        task_ids: int64 ``(B,)``.
+        cluster_ids: int64 ``(B,)``.
+        text_embedding: ``(B, D)``: embeddings of the prompts by an external encoder.
+        prompt_mask: bool ``(B, T)``: tokens a sequence-level gate may read; tokens behind it are the response. Derived
+            from ``labels`` where not given: the tokens before the first labelled one; without labels: all tokens.
+        attention_mask: ``(B, T)``: 0 for padding.
+        labels: int64 ``(B, T)``: the model's labels, -100 where nothing is predicted.
+        expert_labels: int64 ``(B,)`` or ``(B, T)``: the expert a decision should name, -1 for none.
+    """
+
+    task_ids: torch.Tensor | None = None
+    cluster_ids: torch.Tensor | None = None
+    text_embedding: torch.Tensor | None = None
+    prompt_mask: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    expert_labels: torch.Tensor | None = None
+
+    def with_inputs(self, attention_mask: torch.Tensor | None, labels: torch.Tensor | None) -> RoutingContext:
+        """Fill in what the model's own inputs tell, where nobody said otherwise."""
+        mask = attention_mask if self.attention_mask is None else self.attention_mask
+        return replace(self, attention_mask=mask, labels=labels if self.labels is None else self.labels)
+
+    def real(self, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """bool ``(B, T)``: the last ``tokens`` positions, False for padding."""
+        if self.attention_mask is None or self.attention_mask.dim() != 2:
+            return torch.ones(rows, tokens, dtype=torch.bool, device=device)
+        return repeat_rows(self.attention_mask, rows)[:, -tokens:].to(device).bool()
+
+    def prompt(self, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """bool ``(B, T)``: tokens that a sequence-level gate may read.
+
+        Raises:
+            IncompatibleError: A row has none: pooling over its response would leak the answer.
+        """
+        real = self.real(rows, tokens, device)
+        if self.prompt_mask is not None:
+            mask = _columns(repeat_rows(self.prompt_mask, rows).to(device).bool(), tokens) & real
+        elif self.labels is not None and self.labels.dim() == 2 and self.labels.shape[1] == tokens:
+            labelled = repeat_rows(self.labels, rows).to(device) != -100
+            mask = real & (labelled.cumsum(1) == 0)
+        else:
+            mask = real
+        if not torch.compiler.is_compiling() and not bool(mask.any(1).all()):
+            row = int((~mask.any(1)).nonzero()[0])
+            raise IncompatibleError(
+                f"row {row} has no prompt tokens, so a gate per sequence has nothing to read that is not the answer; "
+                "set the labels of prompt tokens to -100 or give prompt_mask"
+            )
+        return mask
+
+    def response(self, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """bool ``(B, T)``: tokens with a label; all real tokens where there are no labels of this length."""
+        real = self.real(rows, tokens, device)
+        if self.labels is None or self.labels.dim() != 2 or self.labels.shape[1] != tokens:
+            return real
+        return real & (repeat_rows(self.labels, rows).to(device) != -100)
+
+
+def _columns(mask_BT: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The mask for ``tokens`` columns: tokens that were added behind it are no prompt."""
+    missing = tokens - mask_BT.shape[1]
+    return torch.nn.functional.pad(mask_BT, (0, missing)) if missing > 0 else mask_BT[:, :tokens]
+
+
+def repeat_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """Repeat ``values (B, ...)`` row by row to ``rows``; generate lays out the copies of a row next to each other.
+
+    Raises:
+        IncompatibleError: ``rows`` is no multiple of ``B``.
+    """
+    given = values.shape[0]
+    if given == rows:
+        return values
+    if given == 0 or rows % given:
+        raise IncompatibleError(f"the routing context has {given} rows, the batch {rows}; give one entry per row")
+    return values.repeat_interleave(rows // given, dim=0)

@@ -1,0 +1,103 @@
+"""The pass of the bare base model that X-LoRA's gates read, with a key-value cache of its own.
+
+X-LoRA (arXiv:2402.07148) computes gates from the hidden states of the model without adapters. The pass runs the layers
+only: no head, no loss. While tokens are generated both passes keep a cache. That of the base pass is made of further
+layers of the *same* cache object, so what generation does to a cache (reordering for beams, repeating, cropping) happens
+to both, and nothing of the session's own has to be kept in step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from compose.errors import IncompatibleError
+
+
+def past_length(cache: Any) -> int:
+    """Tokens that a cache holds; 0 without one."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def base_pass(
+    attached: Any, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Run ``body`` without adapters and gradients.
+
+    Args:
+        attached: The attached model.
+        body: The module that holds the layers.
+        args: Its positional inputs.
+        kwargs: Its named inputs.
+
+    Returns:
+        The last hidden states ``(B, T, D)``, and the named inputs for the pass with adapters: where a cache is wanted
+        and none was given, with a new one that holds both passes.
+
+    Raises:
+        IncompatibleError: The cache is not of a kind that grows by layers.
+    """
+    kwargs = dict(kwargs)
+    cache = kwargs.get("past_key_values")
+    wanted = kwargs.get("use_cache", getattr(getattr(body, "config", None), "use_cache", False))
+    training = body.training and torch.is_grad_enabled() and getattr(body, "gradient_checkpointing", False)
+    if cache is None and wanted and not training and "past_key_values" in _parameters(body):
+        cache = kwargs["past_key_values"] = _new_cache(body)
+    inner = {**kwargs, "past_key_values": _partner(cache, body)} if cache is not None else dict(kwargs)
+    if "labels" in inner:
+        inner.pop("labels")
+    with torch.no_grad(), attached.using(None):
+        output = body(*args, **inner)
+    return (output[0] if not isinstance(output, torch.Tensor) else output), kwargs
+
+
+def _parameters(body: nn.Module) -> tuple[str, ...]:
+    import inspect
+
+    return tuple(inspect.signature(body.forward).parameters)
+
+
+def _new_cache(body: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=body.config)
+
+
+def _partner(cache: Any, body: Any) -> Any:
+    """A cache over the layers behind the model's own, which are added where they are missing."""
+    from transformers import Cache, DynamicCache, EncoderDecoderCache
+
+    if isinstance(cache, EncoderDecoderCache):
+        pair = EncoderDecoderCache(
+            _partner(cache.self_attention_cache, body), _partner(cache.cross_attention_cache, body)
+        )
+        pair.is_updated = dict.fromkeys(range(_depth(body)), pair.cross_attention_cache.get_seq_length() > 0)
+        return pair
+    if not isinstance(cache, DynamicCache):
+        raise IncompatibleError(
+            f"two passes need a dynamic cache, got {type(cache).__name__}; leave cache_implementation out"
+        )
+    depth = _depth(body)
+    for _ in range(2 * depth - len(cache.layers)):
+        cache.layers.append(_layer_like(cache, body))
+    view = Cache(layers=cache.layers[depth : 2 * depth])
+    return view
+
+
+def _depth(body: Any) -> int:
+    for module in body.children():
+        if isinstance(module, nn.ModuleList) and len(module):
+            return len(module)
+    raise IncompatibleError(f"{type(body).__name__} has no list of layers; a gate from a base pass needs one")
+
+
+def _layer_like(cache: Any, body: Any) -> Any:
+    """A new layer of the kind that stands at the same place of the model's own."""
+    from transformers.cache_utils import DynamicLayer
+
+    own = cache.layers[len(cache.layers) - _depth(body)] if len(cache.layers) >= _depth(body) else None
+    if own is None or type(own) is DynamicLayer:
+        return DynamicLayer()
+    raise IncompatibleError(f"two passes cannot keep a {type(own).__name__}; use a model with full attention")

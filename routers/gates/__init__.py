@@ -1,0 +1,1 @@
+"""Gate networks: one file each, found by a scan of this folder."""

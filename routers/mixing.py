@@ -1,0 +1,79 @@
+"""Mixer: how gates and experts meet at one target; every path ends in one low-rank product.
+
+Shape letters: ``B`` rows, ``T`` tokens, ``D`` in, ``O`` out, ``E`` experts, ``K`` chosen, ``R`` rank rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from compose.errors import IncompatibleError
+from compose.kernels.mixture_lora.op import mixture_lora
+from compose.kernels.stack import LoraStack
+from compose.routers.routing import Routing
+from compose.routers.spec import MixtureSpec
+
+
+class Mixer(nn.Module):
+    """Applies a routing at a target.
+
+    Attributes:
+        spec: The mixture.
+        structures: Target -> experts that are no stack of low-rank factors; empty where experts are the bank's.
+    """
+
+    def __init__(self, spec: MixtureSpec, structures: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.structures = nn.ModuleDict({key.replace(".", "/"): module for key, module in (structures or {}).items()})
+
+    def forward(self, x: torch.Tensor, call: Any, routing: Routing) -> torch.Tensor:
+        """Return the base output plus the mixture: ``x (B, D)`` or ``(B, T, D)`` -> the same with ``O``."""
+        structure = self.structure(call.target)
+        if structure is not None:
+            return structure(x, call, routing)
+        gates, ids = self._fitted(routing, call.stack)
+        _check_tokens(x, gates, call.target)
+        if self.spec.expert_grad == "sqrt_gate":
+            return _sqrt_gate(x, call, gates, ids)
+        return mixture_lora(
+            x, call.stack, gates, ids,
+            base=call.base, combine=self.spec.combine, backend=call.backend, reuse_base=call.owns_base,
+        )  # fmt: skip
+
+    def structure(self, target: str) -> nn.Module | None:
+        """The target's own experts, where there are any."""
+        key = target.replace(".", "/")
+        return self.structures[key] if key in self.structures else None
+
+    def _fitted(self, routing: Routing, stack: LoraStack) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gates for one target: experts without factors here are masked, and the rest takes over their share."""
+        if self.spec.missing == "zero" or all(stack.ranks):
+            return routing.gates, routing.expert_ids
+        here_E = torch.tensor([rank > 0 for rank in stack.ranks], device=routing.gates.device)
+        here = here_E if routing.expert_ids is None else here_E[routing.expert_ids]
+        kept = routing.gates * here
+        total, rest = routing.gates.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+        share = torch.where(rest.abs() > 1e-12, total / torch.where(rest == 0, torch.ones_like(rest), rest), 0.0)
+        return kept * share, routing.expert_ids
+
+
+def _check_tokens(x: torch.Tensor, gates: torch.Tensor, target: str) -> None:
+    if gates.dim() > x.dim() or (gates.dim() > 1 and gates.shape[:-1] != x.shape[: gates.dim() - 1]):
+        raise IncompatibleError(
+            f"{target}: gates {tuple(gates.shape)} do not fit the input {tuple(x.shape)}; "
+            "route this target at a site of its own (site='linear') or leave it out (targets=...)"
+        )
+
+
+def _sqrt_gate(x: torch.Tensor, call: Any, gates: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    """``√g E + (g - √g) E`` with the root and the second ``E`` detached: value ``g E``, gradient of experts by ``√g``."""
+    root = gates.detach().clamp_min(0.0).sqrt()
+    stack: LoraStack = call.stack
+    frozen = LoraStack(stack.a_RD.detach(), stack.b_RO.detach(), stack.scaling_E, stack.ranks, stack.index)
+    y = mixture_lora(x, stack, root, ids, base=call.base, backend=call.backend)
+    return y + mixture_lora(x.detach(), frozen, gates - root, ids, backend=call.backend)

@@ -1,0 +1,1 @@
+"""Normalisations of scores: one file each, found by a scan of this folder."""

@@ -1,0 +1,1 @@
+"""Presets by the names of the papers: found by a scan of this folder."""

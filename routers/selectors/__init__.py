@@ -1,0 +1,1 @@
+"""Selectors of experts: one file each, found by a scan of this folder."""

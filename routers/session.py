@@ -1,0 +1,330 @@
+"""RoutingSession: what connects a router with an attached model: it sees inputs, asks the gates, mixes the experts.
+
+The session is the selection in force of the attached model; its hooks on the model do nothing while it is not.
+
+Shape letters: ``B`` rows, ``T`` tokens, ``D`` width, ``E`` experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from compose.errors import IncompatibleError
+from compose.kernels.stack import LoraStack
+from compose.routers.context import RoutingContext, repeat_rows
+from compose.routers.decisions import decisions_of
+from compose.routers.first_pass import base_pass, past_length
+from compose.routers.mixing import Mixer
+from compose.routers.pooling import pool
+from compose.routers.router import Router
+from compose.routers.routing import Decisions, Routing
+from compose.routers.sites import Site, reads_encoder
+from compose.routers.steps import Seen
+
+BODY_INPUTS = ("embeddings", "first_pass")
+
+
+class Call(Protocol):
+    """What a layer hands over; see ``compose.engine.coefficients.LayerCall``."""
+
+    stack: LoraStack
+    base: torch.Tensor | None
+    target: str
+    backend: str
+    owns_base: bool
+
+
+class Attached(Protocol):
+    """What routers need of the attached model (``compose.engine.attach.AttachedModel``)."""
+
+    model: Any
+    bank: Any
+    layers: Mapping[str, Any]
+
+    @property
+    def active(self) -> Any:
+        """The selection in force."""
+
+    def set(self, selection: Any) -> None:
+        """Put a selection into force."""
+
+    def using(self, selection: Any) -> AbstractContextManager[Any]:
+        """Put a selection into force inside a ``with`` block."""
+
+    def at_detach(self, undo: Callable[[], None]) -> None:
+        """Have ``undo`` called when the bank is detached."""
+
+
+@dataclass
+class _Body:
+    """One stack of layers in the current forward.
+
+    Attributes:
+        decodes: Whether it is the decoder of an encoder-decoder model.
+        past: Tokens in its cache before this forward.
+        context: The batch's context, completed by the model's inputs.
+        encoder: Hidden states of the encoder, for a decoder.
+        encoder_mask: Their padding mask.
+    """
+
+    decodes: bool = False
+    past: int = 0
+    context: RoutingContext = field(default_factory=RoutingContext)
+    encoder: torch.Tensor | None = None
+    encoder_mask: torch.Tensor | None = None
+
+
+class RoutingSession:
+    """The selection that a router is.
+
+    Attributes:
+        attached: The model and its bank.
+        router: The gates.
+        mixer: How gates and experts meet.
+        context: What was said about the batch beside the model's inputs.
+        training: Whether noise and dropout of gates apply.
+    """
+
+    def __init__(self, attached: Attached, router: Router, mixer: Mixer) -> None:
+        self.attached = attached
+        self.router = router
+        self.mixer = mixer
+        self.context = RoutingContext()
+        self.training = False
+        self._bodies = {site.body: _Body() for site in router.layout.values()}
+        self._routings: dict[str, Routing] = {}
+        self._records: list[Decisions] | None = None
+        self._keeps_inputs = False
+        self._hooks: list[RemovableHandle] = []
+        self._top: dict[str, torch.Tensor | None] = {}
+
+    def check(self, targets: list[str], num_adapters: int) -> None:
+        """Raise unless the router was built for this bank."""
+        if num_adapters != len(self.router.experts):
+            raise IncompatibleError(f"the router has {len(self.router.experts)} experts, the bank {num_adapters}")
+
+    def to(self, device: torch.device) -> RoutingSession:
+        """Move the gates' parameters."""
+        self.router.to(device)
+        self.mixer.to(device)
+        return self
+
+    def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        """Return the base output plus the mixture's contribution for one target."""
+        name = self.router.site_of.get(call.target)
+        if name is None:
+            return _unchanged(x, call)
+        routing = self._routing(self.router.layout[name], x, call)
+        return self.mixer(x, call, routing)
+
+    def install(self) -> None:
+        """Put the hooks on the model; they do nothing while the session is not in force."""
+        model = self.attached.model
+        self._hooks.append(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(self._after_model, always_call=True))
+        for path, body in self._bodies.items():
+            module = model.get_submodule(path)
+            body.decodes = _is_decoder_of_two(model, path)
+            self._hooks.append(module.register_forward_pre_hook(self._before_body(path), with_kwargs=True))
+        for path, names in self._hidden_paths().items():
+            module = model.get_submodule(path)
+            self._hooks.append(module.register_forward_pre_hook(self._before_hidden(names), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @contextmanager
+    def recording(self, *, inputs: bool = False) -> Iterator[list[Decisions]]:
+        """Collect the decisions of one forward; with ``inputs`` also what losses on expert activations read.
+
+        What gradient checkpointing computes again in ``backward`` is outside of the block and not collected twice.
+        """
+        before = self._records, self._keeps_inputs
+        self._records, self._keeps_inputs = [], inputs
+        try:
+            yield self._records
+        finally:
+            self._records, self._keeps_inputs = before
+
+    @contextmanager
+    def told(self, context: RoutingContext) -> Iterator[None]:
+        """Say something about the batches inside a ``with`` block."""
+        before = self.context
+        self.context = context
+        try:
+            yield
+        finally:
+            self.context = before
+
+    def _in_force(self) -> bool:
+        return self.attached.active is self
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._in_force():
+            self._top = {key: kwargs.get(key) for key in ("attention_mask", "decoder_attention_mask", "labels")}
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._top = {}
+
+    def _before_body(self, path: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if not self._in_force():
+                return None
+            body = self._bodies[path]
+            body.past = past_length(kwargs.get("past_key_values"))
+            body.encoder = kwargs.get("encoder_hidden_states") if body.decodes else None
+            body.encoder_mask = kwargs.get("encoder_attention_mask") if body.decodes else None
+            body.context = self.context.with_inputs(self._mask(body, kwargs), self._labels(body))
+            if self.router.spec.gate_input != "first_pass":
+                return None
+            hidden, kwargs = base_pass(self.attached, module, args, kwargs)
+            for name, site in self.router.layout.items():
+                if site.body == path:
+                    self._decide(name, hidden, None)
+            return args, kwargs
+
+        return hook
+
+    def _mask(self, body: _Body, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        mask = self._top.get("decoder_attention_mask" if body.decodes else "attention_mask")
+        own = kwargs.get("attention_mask")
+        return mask if mask is not None or not isinstance(own, torch.Tensor) or own.dim() != 2 else own
+
+    def _labels(self, body: _Body) -> torch.Tensor | None:
+        """Labels mark the response of the body that predicts them; in an encoder they mean nothing."""
+        model = self.attached.model
+        predicts = body.decodes or not getattr(model.config, "is_encoder_decoder", False)
+        return self._top.get("labels") if predicts and getattr(model, "can_generate", bool)() else None
+
+    def _hidden_paths(self) -> dict[str, list[str]]:
+        """Module whose input is read -> sites that read it."""
+        paths: dict[str, list[str]] = {}
+        layout, gate_input = self.router.layout, self.router.spec.gate_input
+        for name, site in layout.items():
+            if gate_input == "block":
+                paths.setdefault(site.block, []).append(name)
+            elif gate_input == "embeddings":
+                first = min((other.block for other in layout.values() if other.body == site.body), default="")
+                block = first or _first_block(self.attached.model, site)
+                paths.setdefault(block, []).append(name)
+        return paths
+
+    def _before_hidden(self, names: list[str]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._in_force():
+                hidden = kwargs.get("hidden_states", args[0] if args else None)
+                for name in names:
+                    self._decide(name, hidden, None)
+
+        return hook
+
+    def _routing(self, site: Site, x: torch.Tensor, call: Call) -> Routing:
+        """The routing for one target: decided here by the site's leader, elsewhere found."""
+        encoder_tokens = reads_encoder(call.target) and self.router.spec.scope == "token"
+        if encoder_tokens or (call.target == site.leader and self._reads_layers()):
+            return self._decide(site.name, x, call.stack, keep=not encoder_tokens)
+        if site.name not in self._routings:
+            raise IncompatibleError(
+                f"{call.target}: nothing was routed yet at {site.name!r}; the router needs the whole model's forward, "
+                f"in which {site.leader!r} runs first"
+            )
+        return self._routings[site.name]
+
+    def _reads_layers(self) -> bool:
+        return self.router.spec.gate_input not in (*BODY_INPUTS, "block")
+
+    def _decide(self, name: str, hidden: torch.Tensor | None, stack: LoraStack | None, *, keep: bool = True) -> Routing:
+        """Ask the gate of a site, unless its decision on the prompt stands."""
+        spec, site = self.router.spec, self.router.layout[name]
+        body = self._bodies[site.body]
+        if spec.scope == "sequence" and spec.pooling != "none" and body.past and name in self._routings:
+            return self._routings[name]
+        seen = self._seen(site, body, hidden, stack)
+        routing = self.router(name, seen)
+        if keep:
+            self._routings[name] = routing
+        if self._records is not None:
+            self._records.append(self._decisions(site, body, routing, hidden, stack))
+        return routing
+
+    def _seen(self, site: Site, body: _Body, hidden: torch.Tensor | None, stack: LoraStack | None) -> Seen:
+        spec, context = self.router.spec, body.context
+        x = hidden
+        if spec.gate_input in ("none", "task_id", "cluster_id", "text"):
+            x = None
+        elif spec.scope == "sequence" and hidden is not None and hidden.dim() == 3:
+            x = _pooled(spec.pooling, hidden, body)
+        rows = None if hidden is None else hidden.shape[0]
+        return Seen(x, _row_ids(spec.gate_input, context, rows), _text(spec.gate_input, context, rows), stack, context,
+                    self.training)  # fmt: skip
+
+    def _decisions(
+        self, site: Site, body: _Body, routing: Routing, hidden: torch.Tensor | None, stack: LoraStack | None
+    ) -> Decisions:
+        available_E = self.router.site(site.name).available_E
+        inputs = (hidden, stack) if self._keeps_inputs and stack is not None else None
+        return decisions_of(site, routing, body.context, available_E, hidden, inputs)
+
+
+def _pooled(how: str, hidden: torch.Tensor, body: _Body) -> torch.Tensor:
+    """``(B, D)``: the prompt's hidden states as one vector: the encoder's, for a decoder."""
+    if body.decodes:
+        if body.encoder is None:
+            raise IncompatibleError("the decoder got no encoder_hidden_states, so a gate per sequence has no prompt")
+        context = RoutingContext(attention_mask=body.encoder_mask)
+        return pool(how, body.encoder, context.real(*body.encoder.shape[:2], body.encoder.device))
+    return pool(how, hidden, body.context.prompt(*hidden.shape[:2], hidden.device))
+
+
+def _row_ids(gate_input: str, context: RoutingContext, rows: int | None) -> torch.Tensor | None:
+    if gate_input not in ("task_id", "cluster_id"):
+        return None
+    ids = context.task_ids if gate_input == "task_id" else context.cluster_ids
+    if ids is None:
+        raise IncompatibleError(
+            f"this router reads {gate_input}s, and none were given: pass {gate_input}s=(B,) with the batch, or set them "
+            "with routed.told(...) around generate"
+        )
+    return ids if rows is None else repeat_rows(ids, rows)
+
+
+def _text(gate_input: str, context: RoutingContext, rows: int | None) -> torch.Tensor | None:
+    if gate_input != "text":
+        return None
+    if context.text_embedding is None:
+        raise IncompatibleError(
+            "this router reads text embeddings, and none were given: pass text_embedding=(B, D) with the batch, or set "
+            "them with routed.told(...) around generate"
+        )
+    return context.text_embedding if rows is None else repeat_rows(context.text_embedding, rows)
+
+
+def _unchanged(x: torch.Tensor, call: Call) -> torch.Tensor:
+    """The base output of a target that no site routes."""
+    return x.new_zeros(*x.shape[:-1], call.stack.b_RO.shape[1]) if call.base is None else call.base
+
+
+def _is_decoder_of_two(model: Any, path: str) -> bool:
+    two = getattr(model.config, "is_encoder_decoder", False)
+    return bool(two) and "decoder" in path.split(".")
+
+
+def _first_block(model: Any, site: Site) -> str:
+    """Path of the first layer of the site's body."""
+    body = model.get_submodule(site.body)
+    for name, module in body.named_children():
+        if isinstance(module, nn.ModuleList) and len(module):
+            return f"{site.body}.{name}.0" if site.body else f"{name}.0"
+    raise IncompatibleError(f"{site.body or 'the model'!r} has no list of layers whose input a gate could read")
