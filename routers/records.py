@@ -24,13 +24,13 @@ import json
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compose.errors import ComposeError, ExamplesError, unknown_name
 from compose.text.examples import Example, check_text, examples_hash, make_example, parse_messages, text_field
-from compose.text.jsonl import BadLineError, Line, read_jsonl
+from compose.text.jsonl import BadLineError, Line, raise_problems, read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ def read_mixed(
         In the order of files (those of a folder by name) and lines.
 
     Raises:
-        ExamplesError: A path is missing, too large or empty; or lines are bad, which are all named with file and number.
+        ExamplesError: A path is missing, too large or empty; or lines are bad, all named with file and number; or no
+            line has a column that ``columns`` names.
         ComposeError: ``columns`` names no field of a record.
     """
     _check_columns(columns)
@@ -125,7 +126,11 @@ def read_mixed(
         sources |= _sources(Path(one), split)
     _tell_unmatched([task for task in sources.values() if task is not None], experts)
 
+    absent = dict(columns)
+
     def parse(record: Mapping[str, Any], line: Line) -> MixedExample:
+        for name in [name for name, column in absent.items() if column in record]:
+            del absent[name]
         found = _parse(record, columns, sources[line.file], experts, str(line))
         if tasks is not None and found.task not in tasks:
             raise BadLineError(unknown_name("task", found.task, tasks))
@@ -133,7 +138,9 @@ def read_mixed(
             raise BadLineError(unknown_name("expert", found.expert, experts))
         return found
 
-    return read_jsonl(list(sources), parse, fields="a task, a prompt and a response")
+    found = read_jsonl(list(sources), parse, fields="a task, a prompt and a response")
+    raise_problems([f"no line has the column {column!r} for {name!r}" for name, column in absent.items()])
+    return found
 
 
 def task_names(examples: Sequence[MixedExample]) -> tuple[str, ...]:
@@ -195,9 +202,7 @@ def _parse(
     if own is not None and task is not None and own != task:
         raise BadLineError(f"its task {own!r} is not that of its file, {task!r}")
     if own is None and task is None:
-        raise BadLineError(
-            "has no task; add a field 'task', name its column, or give a folder with one file per task"
-        )
+        raise BadLineError("has no task; add a field 'task', name its column, or give a folder with one file per task")
     named = _column(record, columns, "expert") is not None
     expert = _value(record, columns, "expert")
     if expert is not None and not isinstance(expert, str):
@@ -296,8 +301,3 @@ def _column(record: Mapping[str, Any], columns: Mapping[str, str], name: str) ->
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def relabelled(examples: Sequence[MixedExample], experts: Mapping[str, str | None]) -> list[MixedExample]:
-    """Return the examples with the expert that ``experts`` has for their task; other tasks keep theirs."""
-    return [replace(each, expert=experts.get(each.task, each.expert)) for each in examples]
