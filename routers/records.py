@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 FIELDS = ("task", "prompt", "response", "instruction", "messages", "choices", "expert", "group", "cluster", "weight")
 """Fields that ``columns`` can name a column for."""
+
+MAX_WEIGHT = 1e9
 
 _OTHER_NAMES = {
     "task": ("task_name",),
@@ -86,8 +87,8 @@ class MixedExample:
         if self.cluster is not None and (not _is_whole(self.cluster) or self.cluster < 0):
             problems.append(f"'cluster' must be a whole number from 0 or null, got {self.cluster!r}")
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
-        if not number or not math.isfinite(self.weight) or self.weight < 0:
-            problems.append(f"'weight' must be a number >= 0, got {self.weight!r}")
+        if not number or not 0 <= self.weight <= MAX_WEIGHT:
+            problems.append(f"'weight' must be a number from 0 to 1e9, got {self.weight!r}")
         if problems:
             raise ExamplesError("; ".join(problems))
 

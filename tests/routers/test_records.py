@@ -125,9 +125,18 @@ def test_columns_that_cannot_be(file, columns, message) -> None:
         ({"task": "t", "prompt": "p", "response": "r", "group": True}, "'group' must be 0, 1 or null, got True"),
         ({"task": "t", "prompt": "p", "response": "r", "cluster": -1}, "'cluster' must be a whole number"),
         ({"task": "t", "prompt": "p", "response": "r", "cluster": 1.0}, "'cluster' must be a whole number"),
-        ({"task": "t", "prompt": "p", "response": "r", "weight": -1}, "'weight' must be a number >= 0, got -1"),
-        ({"task": "t", "prompt": "p", "response": "r", "weight": "1"}, "'weight' must be a number >= 0, got '1'"),
-        ('{"task": "t", "prompt": "p", "response": "r", "weight": NaN}', "'weight' must be a number >= 0, got nan"),
+        (
+            {"task": "t", "prompt": "p", "response": "r", "weight": -1},
+            "'weight' must be a number from 0 to 1e9, got -1",
+        ),
+        (
+            {"task": "t", "prompt": "p", "response": "r", "weight": "1"},
+            "'weight' must be a number from 0 to 1e9, got '1'",
+        ),
+        (
+            '{"task": "t", "prompt": "p", "response": "r", "weight": NaN}',
+            "'weight' must be a number from 0 to 1e9, got nan",
+        ),
         ({"task": "mth", "prompt": "p", "response": "r"}, "unknown task 'mth'; did you mean 'math'"),
         (
             {"task": "t", "prompt": "p", "response": "r", "expert": "lore"},
