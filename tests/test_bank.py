@@ -13,7 +13,8 @@ import torch
 from compose.adapter import Adapter, LowRank
 from compose.bank import Bank, TargetShape
 from compose.errors import AdapterFormatError, DuplicateNameError, IncompatibleError, UnknownNameError
-from compose.formats import FORMATS, safetensors_file
+from compose.files import safetensors_file
+from compose.formats import FORMATS
 from compose.formats.peft import read_adapter, scan, write_adapter
 
 

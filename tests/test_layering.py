@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
-    {"registry", "adapter", "kernels", "text"},
+    {"registry", "adapter", "files", "kernels", "text"},
     {"merging", "routers", "search", "retriever", "hub_index", "formats"},
     {"bank"},
     {"engine"},

@@ -103,7 +103,7 @@ def _lines(source: str) -> list[bytes]:
 
 
 def _parse(line: bytes, number: int, default: RowAdapter, max_new_tokens: int) -> RequestLine:
-    from compose.formats.strict_json import parse_object
+    from compose.files.strict_json import parse_object
 
     record = parse_object(line, "the record")
     unknown = sorted(set(record) - set(_FIELDS))

@@ -15,8 +15,8 @@ from torch import nn
 from compose.adapter import Adapter, LowRank, TargetKind
 from compose.bank import Bank
 from compose.errors import IncompatibleError
+from compose.files.publish import publish_folder
 from compose.formats.peft import adapter_files
-from compose.formats.publish import publish_folder
 from compose.merging.deltas import Factors, Streamed
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compose.errors import RunFolderError
-from compose.formats.publish import publish_folder
+from compose.files.publish import publish_folder
 
 EVENTS = "events.jsonl"
 

@@ -15,8 +15,10 @@ import safetensors.torch
 
 from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError, DuplicateNameError
+from compose.files import safetensors_file as files
+from compose.files.publish import publish_folder
+from compose.files.strict_json import parse_object
 from compose.formats import FORMATS, compeft_file
-from compose.formats import safetensors_file as files
 from compose.formats.compeft_ternary import Alpha, Scope, Ternarized, ternarize
 from compose.formats.header import AdapterHeader, check_name
 from compose.formats.peft import CONFIG_NAME as PEFT_CONFIG
@@ -26,8 +28,6 @@ from compose.formats.peft_config import parse_config
 from compose.formats.peft_folder import MAX_CONFIG_BYTES
 from compose.formats.peft_refusals import unknown_fields
 from compose.formats.peft_write import weights_bytes
-from compose.formats.publish import publish_folder
-from compose.formats.strict_json import parse_object
 
 CONFIG_NAME = "compeft_config.json"
 WEIGHTS_NAME = "adapter_model.compeft.safetensors"

@@ -30,9 +30,9 @@ import safetensors.numpy
 import torch
 
 from compose.errors import AdapterFormatError
-from compose.formats import safetensors_file as files
+from compose.files import safetensors_file as files
+from compose.files.strict_json import parse_object
 from compose.formats.compeft_codec import MAX_SHIFT, Ternary, decode, encode, is_magnitude
-from compose.formats.strict_json import parse_object
 
 MAX_EXPANSION = 8192
 """Bytes of tensors a byte of the file may stand for; tensors of one entry in 1000 and float64 stay below."""

@@ -16,8 +16,10 @@ from types import MappingProxyType
 
 from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError, DuplicateNameError
+from compose.files import safetensors_file as files
+from compose.files.publish import publish_folder
+from compose.files.strict_json import parse_object
 from compose.formats import FORMATS, discover
-from compose.formats import safetensors_file as files
 from compose.formats.header import (
     AdapterHeader,
     FullTensorHeader,
@@ -39,8 +41,6 @@ from compose.formats.peft_kinds import kind_of
 from compose.formats.peft_refusals import unknown_fields
 from compose.formats.peft_source import inspect_kind, is_other_kind, read_kind
 from compose.formats.peft_write import config_bytes, weights_bytes
-from compose.formats.publish import publish_folder
-from compose.formats.strict_json import parse_object
 
 
 def inspect_adapter(folder: str | Path, *, name: str | None = None) -> AdapterHeader:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compose.errors import AdapterFormatError
-from compose.formats import safetensors_file as files
-from compose.formats.strict_json import parse_object
+from compose.files import safetensors_file as files
+from compose.files.strict_json import parse_object
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

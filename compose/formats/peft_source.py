@@ -12,13 +12,13 @@ import torch
 
 from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError
-from compose.formats import safetensors_file as files
+from compose.files import safetensors_file as files
+from compose.files.strict_json import parse_object
 from compose.formats.header import AdapterHeader, FullTensorHeader, TargetHeader, join_problems, natural_key
 from compose.formats.peft_config import LoraConfig, check_full_modules, check_targets, check_work
 from compose.formats.peft_folder import ConfigFile, read_config, weights_path
 from compose.formats.peft_keys import check_leftovers, parse_parts
 from compose.formats.peft_kinds import Found, Kind, KindTarget, Opened, Widths, kind_of
-from compose.formats.strict_json import parse_object
 
 _KEPT = ("base_model_name_or_path", "fan_in_fan_out", "modules_to_save", "revision", "task_type")
 

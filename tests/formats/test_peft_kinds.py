@@ -430,7 +430,7 @@ def test_products_that_overflow_are_refused(tmp_path):
 
 
 def test_factors_larger_than_a_file_may_be_are_refused(tmp_path, monkeypatch):
-    from compose.formats import safetensors_file
+    from compose.files import safetensors_file
 
     parts = {"w1_a": (20, 4), "w1_b": (4, 20), "w2_a": (20, 4), "w2_b": (4, 20)}
     folder = write_raw(

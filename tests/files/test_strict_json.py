@@ -3,7 +3,7 @@
 import pytest
 
 from compose.errors import AdapterFormatError
-from compose.formats.strict_json import parse_object
+from compose.files.strict_json import parse_object
 
 BAD = {
     "NaN": (b'{"a": NaN}', "NaN is not a JSON number"),

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 
 from compose.errors import AdapterFormatError
-from compose.formats.strict_json import parse_object
+from compose.files.strict_json import parse_object
 
 MAX_FILE_BYTES = 2 * 1024**3
 MAX_HEADER_BYTES = 32 * 1024**2

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compose.errors import AdapterFormatError
-from compose.formats import safetensors_file
-from compose.formats.safetensors_file import load, read_header
+from compose.files import safetensors_file
+from compose.files.safetensors_file import load, read_header
 
 GOOD = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from compose.errors import DuplicateNameError
-from compose.formats import publish
-from compose.formats.publish import publish_folder
+from compose.files import publish
+from compose.files.publish import publish_folder
 
 FILES = {"one": b"1" * 1000, "two": b"2"}
 
