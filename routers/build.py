@@ -16,11 +16,12 @@ from compose.kernels.stack import LoraStack
 from compose.routers.component import SiteShape
 from compose.routers.experts import check_experts
 from compose.routers.mixing import Mixer
+from compose.routers.residual import StartResidual
 from compose.routers.routed import RoutedModel
 from compose.routers.router import Router
 from compose.routers.session import Attached, RoutingSession
 from compose.routers.sites import Site, make_sites
-from compose.routers.spec import MixtureSpec
+from compose.routers.spec import MixtureSpec, reads_prompt_too
 from compose.routers.structures import make_structures
 
 
@@ -61,7 +62,8 @@ def build(
     router = Router(spec, layout, shapes, experts=experts, tasks=tuple(tasks))
     structures = make_structures(attached, spec, targets, seed=seed)
     device = next(iter(attached.layers.values())).a_RD.device
-    session = RoutingSession(attached, router, Mixer(spec, structures)).to(device)
+    residuals = {target: StartResidual(attached.layers[target]) for target in targets if spec.subtract_start}
+    session = RoutingSession(attached, router, Mixer(spec, structures, residuals)).to(device)
     return RoutedModel(session, numbers=numbers)
 
 
@@ -73,7 +75,11 @@ def _check(attached: Attached, spec: MixtureSpec, tasks: Sequence[str], clusters
         raise IncompatibleError(
             f"this mixture trains its experts (train={spec.train!r}): attach the bank with trainable=True"
         )
-    needed = {"task_id": ("tasks", len(tasks)), "cluster_id": ("clusters", clusters), "text": ("text_features", text_features)}
+    needed = {
+        "task_id": ("tasks", len(tasks)),
+        "cluster_id": ("clusters", clusters),
+        "text": ("text_features", text_features),
+    }
     if spec.gate_input in needed and not needed[spec.gate_input][1]:
         raise IncompatibleError(f"gates from {spec.gate_input} need build(..., {needed[spec.gate_input][0]}=...)")
     unknown = [name for name in spec.always_on if name not in attached.bank.names]
@@ -101,6 +107,7 @@ def _shapes(
     for site in layout.values():
         depth[site.body] = max(depth.get(site.body, 0), site.layer + 1)
     shapes = {}
+    shared: dict[str, torch.nn.Module] = {}
     for name, site in layout.items():
         stacks = {target: attached.layers[target].stack for target in site.targets}
         shapes[name] = SiteShape(
@@ -112,6 +119,8 @@ def _shapes(
             available_E=_available(stacks, spec),
             stacks=stacks,
             generator=generator,
+            prompt_features=hidden_size(attached.model) if reads_prompt_too(spec) else 0,
+            shared=shared,
             **numbers,
         )
         if spec.missing == "mask" and not bool(shapes[name].available_E.any()):

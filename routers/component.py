@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +29,8 @@ class SiteShape(NamedTuple):
         num_clusters: Known clusters, likewise.
         text_features: Width of text embeddings, 0 where they are not used.
         generator: Source of initial values; draws are in the order of sites.
+        prompt_features: Width of the prompt's vector, for gates per token that read it too.
+        shared: Modules that sites have in common, by name; a component looks there first and enters what it makes.
     """
 
     name: str
@@ -42,6 +44,8 @@ class SiteShape(NamedTuple):
     num_clusters: int
     text_features: int
     generator: torch.Generator
+    shared: MutableMapping[str, nn.Module] | None = None
+    prompt_features: int = 0
 
     @property
     def num_experts(self) -> int:

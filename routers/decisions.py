@@ -41,7 +41,7 @@ def decisions_of(
         layer=site.layer,
         logits_NE=_lines(routing.logits, lead),
         probs_NE=_lines(routing.probs, lead),
-        gates_NE=_lines(routing.dense(), lead),
+        gates_NE=_lines(_per_expert(routing), lead),
         real_N=real,
         response_N=response,
         tasks_N=_per_line(context.task_ids, lead, real.device),
@@ -50,7 +50,14 @@ def decisions_of(
         extras={name: _extra(value, routing, lead) for name, value in routing.extras.items()},
         x_ND=None if x is None else x.reshape(-1, x.shape[-1]),
         stack=stack,
+        rows_N=_rows(lead, real.device),
     )
+
+
+def _per_expert(routing: Routing) -> torch.Tensor:
+    """Dense gates ``(..., E)``; of mixtures in splits their mean over splits."""
+    gates, experts = routing.dense(), routing.probs.shape[-1]
+    return gates if gates.shape[-1] == experts else gates.unflatten(-1, (-1, experts)).mean(-2)
 
 
 def _lines(values: torch.Tensor, lead: tuple[int, ...]) -> torch.Tensor:
@@ -69,9 +76,7 @@ def _extra(value: torch.Tensor, routing: Routing, lead: tuple[int, ...]) -> torc
     return _lines(value, lead)
 
 
-def _masks(
-    lead: tuple[int, ...], context: RoutingContext, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _masks(lead: tuple[int, ...], context: RoutingContext, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     if len(lead) == 2:
         return context.real(*lead, device).reshape(-1), context.response(*lead, device).reshape(-1)
     ones = torch.ones(lead[0] if lead else 1, dtype=torch.bool, device=device)
@@ -86,6 +91,14 @@ def _per_line(values: torch.Tensor | None, lead: tuple[int, ...], device: torch.
     if values is None or not lead:
         return torch.full((lines,), -1, dtype=torch.int64, device=device)
     rows = repeat_rows(values, lead[0]).to(device)
+    return rows if len(lead) == 1 else rows.repeat_interleave(lead[1])
+
+
+def _rows(lead: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Number of the batch row each line belongs to; one row where the batch decides as a whole."""
+    if not lead:
+        return torch.zeros(1, dtype=torch.int64, device=device)
+    rows = torch.arange(lead[0], device=device)
     return rows if len(lead) == 1 else rows.repeat_interleave(lead[1])
 
 

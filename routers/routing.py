@@ -56,6 +56,7 @@ class Decisions(NamedTuple):
         extras: ``(N, ...)`` or scalar tensors of the components.
         x_ND: The inputs of the site's first target (detached from nothing), kept only where a loss asks for them.
         stack: Factors of the site's first target, kept with ``x_ND``.
+        rows_N: int64: the batch row each decision belongs to; None: each is a row of its own.
     """
 
     site: str
@@ -71,3 +72,4 @@ class Decisions(NamedTuple):
     extras: Mapping[str, torch.Tensor] = {}
     x_ND: torch.Tensor | None = None
     stack: LoraStack | None = None
+    rows_N: torch.Tensor | None = None
