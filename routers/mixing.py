@@ -24,12 +24,19 @@ class Mixer(nn.Module):
     Attributes:
         spec: The mixture.
         structures: Target -> experts that are no stack of low-rank factors; empty where experts are the bank's.
+        residuals: Target -> what is subtracted from the base output; empty unless the specification says so.
     """
 
-    def __init__(self, spec: MixtureSpec, structures: Mapping[str, nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        spec: MixtureSpec,
+        structures: Mapping[str, nn.Module] | None = None,
+        residuals: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.structures = nn.ModuleDict({key.replace(".", "/"): module for key, module in (structures or {}).items()})
+        self.residuals = nn.ModuleDict({key.replace(".", "/"): module for key, module in (residuals or {}).items()})
 
     def forward(self, x: torch.Tensor, call: Any, routing: Routing) -> torch.Tensor:
         """Return the base output plus the mixture: ``x (B, D)`` or ``(B, T, D)`` -> the same with ``O``."""
@@ -38,6 +45,8 @@ class Mixer(nn.Module):
             return structure(x, call, routing)
         gates, ids = self._fitted(routing, call.stack)
         _check_tokens(x, gates, call.target)
+        if self.residuals:
+            call = call._replace(base=self.residuals[call.target.replace(".", "/")](x, call))
         if self.spec.expert_grad == "sqrt_gate":
             return _sqrt_gate(x, call, gates, ids)
         return mixture_lora(
@@ -48,7 +57,7 @@ class Mixer(nn.Module):
     def structure(self, target: str) -> nn.Module | None:
         """The target's own experts, where there are any."""
         key = target.replace(".", "/")
-        return self.structures[key] if key in self.structures else None
+        return self.structures[key] if key in self.structures else None  # noqa: SIM401 - a ModuleDict has no get
 
     def _fitted(self, routing: Routing, stack: LoraStack) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gates for one target: experts without factors here are masked, and the rest takes over their share."""
@@ -71,7 +80,7 @@ def _check_tokens(x: torch.Tensor, gates: torch.Tensor, target: str) -> None:
 
 
 def _sqrt_gate(x: torch.Tensor, call: Any, gates: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    """``√g E + (g - √g) E`` with the root and the second ``E`` detached: value ``g E``, gradient of experts by ``√g``."""
+    """``√g E + (g - √g) E``, root and second ``E`` detached: the value is ``g E``, experts' gradients carry ``√g``."""
     root = gates.detach().clamp_min(0.0).sqrt()
     stack: LoraStack = call.stack
     frozen = LoraStack(stack.a_RD.detach(), stack.b_RO.detach(), stack.scaling_E, stack.ranks, stack.index)

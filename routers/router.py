@@ -43,6 +43,8 @@ class SiteRouter(nn.Module):
         self.register_buffer("available_E", shape.available_E, persistent=False)
         self.register_buffer("always_E", (always_E & present_E).float(), persistent=False)
         self.gate = None if spec.gate is None else spec.gate.build(shape)
+        if spec.gate is not None and spec.splits > 1:
+            self.gate = _Splits([self.gate, *(spec.gate.build(shape) for _ in range(spec.splits - 1))])
         self.normalise = spec.normalise.build(shape)
         self.select = spec.select.build(shape)
         self.post_E: nn.Parameter | None = None
@@ -61,10 +63,12 @@ class SiteRouter(nn.Module):
                 logits = add_noise(logits, self.spec.noise)
                 logits = drop_experts(logits, self.spec.expert_dropout)
             normalised = self.normalise(logits, seen, self.available_E)
-            selected = self.select(logits, normalised.probs, seen, self.available_E)
+            scores = logits if normalised.scores is None else normalised.scores
+            selected = self.select(scores, normalised.probs, seen, self.available_E)
             gates, ids = self._finish(selected, seen)
             extras = {**normalised.extras, **selected.extras}
-            return Routing(gates, ids, logits, normalised.probs, extras)
+            routing = Routing(gates, ids, logits, normalised.probs, extras)
+            return routing if self.spec.splits == 1 else _side_by_side(routing)
 
     def _finish(self, selected: Selected, seen: Seen) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Renormalise, apply what comes after it, and add the always-on experts."""
@@ -78,6 +82,8 @@ class SiteRouter(nn.Module):
             if ids is None:
                 gates = gates * self.available_E
         strength = 1.0 - gates.amax(-1, keepdim=True) if spec.universal == "complement" else 1.0
+        if spec.gate_power != 1:
+            gates = gates**spec.gate_power
         if spec.global_scale != 1.0:
             gates = gates * spec.global_scale
         if not spec.always_on:
@@ -85,12 +91,26 @@ class SiteRouter(nn.Module):
         if ids is None:
             return gates + self.always_E * strength, None
         extra = self.always_E.nonzero().squeeze(-1).expand(*ids.shape[:-1], -1)
-        return torch.cat([gates, (strength * torch.ones_like(extra, dtype=gates.dtype))], -1), torch.cat([ids, extra], -1)
+        return torch.cat([gates, (strength * torch.ones_like(extra, dtype=gates.dtype))], -1), torch.cat(
+            [ids, extra], -1
+        )
 
     @property
     def num_experts(self) -> int:
         """``E``."""
         return len(self.available_E)
+
+
+class _Splits(nn.ModuleList):
+    """One gate per split: logits ``(..., S, E)``."""
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return torch.stack([gate(seen) for gate in self], dim=-2)
+
+
+def _side_by_side(routing: Routing) -> Routing:
+    """Gates ``(..., S, E)`` as ``(..., S E)``; scores and probabilities are means over splits."""
+    return Routing(routing.dense().flatten(-2), None, routing.logits.mean(-2), routing.probs.mean(-2))
 
 
 class Router(nn.Module):

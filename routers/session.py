@@ -26,6 +26,7 @@ from compose.routers.pooling import pool
 from compose.routers.router import Router
 from compose.routers.routing import Decisions, Routing
 from compose.routers.sites import Site, reads_encoder
+from compose.routers.spec import reads_prompt_too
 from compose.routers.steps import Seen
 
 BODY_INPUTS = ("embeddings", "first_pass")
@@ -104,6 +105,7 @@ class RoutingSession:
         self._keeps_inputs = False
         self._hooks: list[RemovableHandle] = []
         self._top: dict[str, torch.Tensor | None] = {}
+        self._prompts: dict[str, torch.Tensor] = {}
 
     def check(self, targets: list[str], num_adapters: int) -> None:
         """Raise unless the router was built for this bank."""
@@ -133,6 +135,10 @@ class RoutingSession:
             module = model.get_submodule(path)
             body.decodes = _is_decoder_of_two(model, path)
             self._hooks.append(module.register_forward_pre_hook(self._before_body(path), with_kwargs=True))
+            if reads_prompt_too(self.router.spec):
+                site = next(site for site in self.router.layout.values() if site.body == path)
+                block = model.get_submodule(_first_block(model, site))
+                self._hooks.append(block.register_forward_pre_hook(self._before_first_block(path), with_kwargs=True))
         for path, names in self._hidden_paths().items():
             module = model.get_submodule(path)
             self._hooks.append(module.register_forward_pre_hook(self._before_hidden(names), with_kwargs=True))
@@ -230,6 +236,15 @@ class RoutingSession:
 
         return hook
 
+    def _before_first_block(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            body = self._bodies[path]
+            if self._in_force() and not (body.past and path in self._prompts):
+                hidden = kwargs.get("hidden_states", args[0] if args else None)
+                self._prompts[path] = _pooled(self.router.spec.pooling, hidden, body)
+
+        return hook
+
     def _routing(self, site: Site, x: torch.Tensor, call: Call) -> Routing:
         """The routing for one target: decided here by the site's leader, elsewhere found."""
         encoder_tokens = reads_encoder(call.target) and self.router.spec.scope == "token"
@@ -245,7 +260,9 @@ class RoutingSession:
     def _reads_layers(self) -> bool:
         return self.router.spec.gate_input not in (*BODY_INPUTS, "block")
 
-    def _decide(self, name: str, hidden: torch.Tensor | None, stack: LoraStack | None, *, keep: bool = True) -> Routing:
+    def _decide(
+        self, name: str, hidden: torch.Tensor | None, stack: LoraStack | None, *, keep: bool = True
+    ) -> Routing:
         """Ask the gate of a site, unless its decision on the prompt stands."""
         spec, site = self.router.spec, self.router.layout[name]
         body = self._bodies[site.body]
@@ -268,7 +285,7 @@ class RoutingSession:
             x = _pooled(spec.pooling, hidden, body)
         rows = None if hidden is None else hidden.shape[0]
         return Seen(x, _row_ids(spec.gate_input, context, rows), _text(spec.gate_input, context, rows), stack, context,
-                    self.training)  # fmt: skip
+                    self.training, self._prompts.get(site.body))  # fmt: skip
 
     def _decisions(
         self, site: Site, body: _Body, routing: Routing, hidden: torch.Tensor | None, stack: LoraStack | None
@@ -278,13 +295,14 @@ class RoutingSession:
         return decisions_of(site, routing, body.context, available_E, hidden, inputs)
 
 
-def _pooled(how: str, hidden: torch.Tensor, body: _Body) -> torch.Tensor:
+def _pooled(how: str, hidden: torch.Tensor | None, body: _Body) -> torch.Tensor:
     """``(B, D)``: the prompt's hidden states as one vector: the encoder's, for a decoder."""
     if body.decodes:
         if body.encoder is None:
             raise IncompatibleError("the decoder got no encoder_hidden_states, so a gate per sequence has no prompt")
         context = RoutingContext(attention_mask=body.encoder_mask)
         return pool(how, body.encoder, context.real(*body.encoder.shape[:2], body.encoder.device))
+    assert hidden is not None  # noqa: S101 - bodies without an encoder hand their hidden states on
     return pool(how, hidden, body.context.prompt(*hidden.shape[:2], hidden.device))
 
 
@@ -294,8 +312,8 @@ def _row_ids(gate_input: str, context: RoutingContext, rows: int | None) -> torc
     ids = context.task_ids if gate_input == "task_id" else context.cluster_ids
     if ids is None:
         raise IncompatibleError(
-            f"this router reads {gate_input}s, and none were given: pass {gate_input}s=(B,) with the batch, or set them "
-            "with routed.told(...) around generate"
+            f"this router reads {gate_input}s, and none were given: pass {gate_input}s=(B,) with the batch, or set "
+            "them with routed.told(...) around generate"
         )
     return ids if rows is None else repeat_rows(ids, rows)
 
@@ -305,8 +323,8 @@ def _text(gate_input: str, context: RoutingContext, rows: int | None) -> torch.T
         return None
     if context.text_embedding is None:
         raise IncompatibleError(
-            "this router reads text embeddings, and none were given: pass text_embedding=(B, D) with the batch, or set "
-            "them with routed.told(...) around generate"
+            "this router reads text embeddings, and none were given: pass text_embedding=(B, D) with the batch, or "
+            "set them with routed.told(...) around generate"
         )
     return context.text_embedding if rows is None else repeat_rows(context.text_embedding, rows)
 

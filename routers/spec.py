@@ -42,7 +42,8 @@ class MixtureSpec:
             the first block (``embeddings``); the last hidden states of a pass of the bare base model (``first_pass``,
             two passes); hidden states that enter the block; the input of the site's first target (``layer``), or what
             that target's experts make of it: rank activations (``ranks``) or outputs (``outputs``).
-        pooling: How hidden states become one vector per sequence; only prompt tokens are read.
+        pooling: How hidden states become one vector per sequence; only prompt tokens are read. With gates per token:
+            of the prompt's embeddings, for gate networks that read them too (``blend``).
         gate: Gate network; None for mixtures without one.
         normalise: Scores to probabilities.
         select: Who takes part.
@@ -50,6 +51,7 @@ class MixtureSpec:
             selected probabilities (a double softmax that some published code computes).
         post: A learned bias added, or a learned scale multiplied, per site and expert, after renormalisation.
         post_init: Initial value(s) of ``post``; one number for all, or one per expert.
+        gate_power: Exponent of the gates after that; 2 is what MoCLE's code computes.
         global_scale: Multiplies all gates.
         combine: What is mixed; two different functions.
         structure: What an expert is: low-rank factors; factors with one shared A (HydraLoRA); an output vector (IA3).
@@ -57,6 +59,8 @@ class MixtureSpec:
         targets: Regular expression that a target's path must contain to be routed. Others get no adapter.
         always_on: Experts outside the gates, added at full strength.
         universal: ``"none"``, or ``"complement"``: always-on experts get ``1 - max g`` (MoCLE).
+        subtract_start: Subtract the mean of the experts' updates as they were at the start (kept frozen beside the
+            trained ones), for experts that start as parts of the base weight (GOAT). The base itself is not edited.
         missing: An expert without factors at a target is masked and the rest renormalised, or contributes zero.
         losses: Auxiliary losses, added to the model's loss.
         train: What trains.
@@ -78,6 +82,7 @@ class MixtureSpec:
     renormalise: Renormalise = "none"
     post: Post = "none"
     post_init: float | tuple[float, ...] = 0.0
+    gate_power: int = 1
     global_scale: float = 1.0
     combine: Literal["outputs", "parameters"] = "outputs"
     structure: Structure = "lora"
@@ -85,6 +90,7 @@ class MixtureSpec:
     targets: str = ""
     always_on: tuple[str, ...] = ()
     universal: Literal["none", "complement"] = "none"
+    subtract_start: bool = False
     missing: Missing = "mask"
     losses: tuple[AuxLoss, ...] = ()
     train: Trains = "router"
@@ -163,8 +169,8 @@ def _choices(spec: MixtureSpec) -> list[str]:
         for name, allowed in _CLOSED.items()
         if getattr(spec, name) not in allowed
     ]
-    if spec.splits < 1:
-        problems.append(f"splits must be at least 1, got {spec.splits}")
+    if spec.splits < 1 or spec.gate_power < 1:
+        problems.append(f"splits and gate_power must be at least 1, got {spec.splits}, {spec.gate_power}")
     if not 0 <= spec.expert_dropout < 1:
         problems.append(f"expert_dropout must lie in [0, 1), got {spec.expert_dropout}")
     if spec.noise < 0 or (spec.capacity is not None and spec.capacity <= 0):
@@ -185,20 +191,47 @@ def _contradictions(spec: MixtureSpec) -> list[str]:
         problems.append("gates per task read task_id")
     if spec.gate_input in _PER_ROW and spec.scope not in ("task", "sequence", "step"):
         problems.append(f"{spec.gate_input} says something of a whole row; scope must be task, sequence or step")
-    if hidden and spec.scope == "sequence" and spec.pooling == "none":
-        problems.append("gates per sequence from hidden states need pooling 'mean' or 'last'")
-    if spec.pooling != "none" and (not hidden or spec.scope != "sequence"):
-        problems.append("pooling is for gates per sequence from hidden states")
+    problems += _pooling(spec, hidden)
     if spec.site == "model" and spec.gate_input in ("layer", "block", "ranks", "outputs"):
-        problems.append(f"a gate for the whole model cannot read {spec.gate_input!r}: layers that ran before had no gate")
+        problems.append(
+            f"a gate for the whole model cannot read {spec.gate_input!r}: layers that ran before had no gate"
+        )
     if spec.gate_input in _OF_BODY and spec.scope not in ("token", "sequence"):
         problems.append(f"gates from {spec.gate_input} change per token or sequence")
-    if spec.combine == "parameters" and spec.structure != "lora":
-        problems.append("parameters are combined for experts of low-rank factors only")
-    if spec.splits > 1 and (spec.combine != "parameters" or spec.scope in ("token", "step")):
-        problems.append("splits are for combined parameters with static, task or sequence gates")
+    problems += _of_experts(spec)
     if spec.gate is None and (spec.scope != "static" or spec.trains_router):
         problems.append("a mixture without a gate network is static and trains no router")
     if spec.train == "none" and spec.losses:
         problems.append("auxiliary losses need something that trains")
     return problems
+
+
+def _of_experts(spec: MixtureSpec) -> list[str]:
+    problems = []
+    if spec.combine == "parameters" and spec.structure != "lora":
+        problems.append("parameters are combined for experts of low-rank factors only")
+    if spec.splits > 1 and (spec.combine != "parameters" or spec.scope in ("token", "step") or spec.capacity):
+        problems.append("splits are for combined parameters with static, task or sequence gates, without capacity")
+    if spec.subtract_start and (spec.structure != "lora" or spec.splits > 1 or spec.combine != "outputs"):
+        problems.append("subtract_start is for outputs of low-rank factors")
+    return problems
+
+
+def _pooling(spec: MixtureSpec, hidden: bool) -> list[str]:
+    reads_prompt = reads_prompt_too(spec)
+    if reads_prompt and (spec.scope != "token" or spec.gate_input != "layer" or spec.pooling == "none"):
+        return [
+            "a gate that reads the prompt too is for gates per token of layer inputs, with pooling 'mean' or 'last'"
+        ]
+    if reads_prompt:
+        return []
+    if hidden and spec.scope == "sequence" and spec.pooling == "none":
+        return ["gates per sequence from hidden states need pooling 'mean' or 'last'"]
+    if spec.pooling != "none" and (not hidden or spec.scope != "sequence"):
+        return ["pooling is for gates per sequence from hidden states"]
+    return []
+
+
+def reads_prompt_too(spec: MixtureSpec) -> bool:
+    """Whether a gate per token also reads the prompt as one vector."""
+    return bool(getattr(spec.gate, "reads_prompt", False))

@@ -28,12 +28,14 @@ class Seen(NamedTuple):
     """What a gate sees in one forward.
 
     Attributes:
-        x: ``(B, T, D)``, ``(B, D)`` (pooled over the prompt, or a layer without tokens); None where the gate reads none.
+        x: ``(B, T, D)``, ``(B, D)`` (pooled over the prompt, or a layer without tokens); None where nothing is read.
         ids: int64 ``(B,)``: task or cluster numbers; None where the gate reads none.
         text: ``(B, D)``: text embeddings; None where the gate reads none.
         stack: Factors of the target that is being computed (the site's leader); None before any layer ran.
         context: The batch's context.
         training: Whether noise and dropout of gates apply.
+        prompt: ``(B, D)``: the prompt's embeddings as one vector, for gates per token that read it too
+            (``reads_prompt``).
     """
 
     x: torch.Tensor | None
@@ -42,13 +44,22 @@ class Seen(NamedTuple):
     stack: LoraStack | None
     context: RoutingContext
     training: bool
+    prompt: torch.Tensor | None = None
 
 
 class Normalised(NamedTuple):
-    """Probabilities ``(..., E)`` float32, and what losses may want to see of how they came about."""
+    """What a normalisation made of the scores.
+
+    Attributes:
+        probs: ``(..., E)`` float32.
+        extras: What losses may want to see of how they came about.
+        scores: ``(..., E)``: the scores as selection and renormalisation take them: at the normalisation's
+            temperature, where it has one; None: as they were.
+    """
 
     probs: torch.Tensor
     extras: Mapping[str, torch.Tensor] = {}
+    scores: torch.Tensor | None = None
 
 
 class Selected(NamedTuple):

@@ -47,4 +47,4 @@ class _Softmax(nn.Module):
             logits = logits * torch.exp(-self.log_temperature)
         elif self.temperature != 1.0:
             logits = logits / self.temperature
-        return Normalised(torch.softmax(logits, dim=-1))
+        return Normalised(torch.softmax(logits, dim=-1), scores=logits)
