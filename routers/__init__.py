@@ -11,6 +11,7 @@ _EXPORTS = {
     "Routing": "compose.routers.routing",
     "RoutingContext": "compose.routers.context",
     "build": "compose.routers.build",
+    "experts_for": "compose.routers.presets.registry",
     "fresh_experts": "compose.routers.experts",
     "linear_targets": "compose.routers.experts",
     "preset": "compose.routers.presets.registry",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,17 +16,19 @@ from compose.adapter import Adapter, LowRank
 from compose.errors import IncompatibleError
 from compose.routers.sites import layer_number
 
-ExpertInit = Literal["kaiming", "normal", "kaiming_both", "tied", "empty"]
-_INITS = ("kaiming", "normal", "kaiming_both", "tied", "empty")
+ExpertInit = Literal["kaiming", "normal", "kaiming_both", "tied", "segments", "empty"]
+ScalingRule = Literal["alpha", "rslora", "width"]
+_INITS = get_args(ExpertInit)
 
 
-def fresh_experts(
+def fresh_experts(  # noqa: PLR0913 - one parameter per choice of how experts start
     model: Any,
     targets: Sequence[str],
     *,
     num_experts: int | Sequence[int],
     rank: int,
     alpha: float | None = None,
+    scaling: ScalingRule = "alpha",
     init: ExpertInit = "kaiming",
     std: float = 0.02,
     seed: int = 0,
@@ -42,9 +44,12 @@ def fresh_experts(
         num_experts: ``E``, or one number per equal part of the depth (MoLA's 2-4-6-8): expert ``e`` then has factors
             in the layers that have more than ``e`` experts.
         rank: ``r`` of every expert.
-        alpha: Scaling is ``alpha / rank``; None: alpha equals the rank.
+        alpha: See ``scaling``; None: alpha equals the rank.
+        scaling: ``"alpha"``: alpha / rank; ``"rslora"``: alpha / sqrt(rank); ``"width"``: sqrt(3 alpha D / rank),
+            GOAT's rule, whose eta is alpha here.
         init: Of A; B is zero unless said otherwise. ``"kaiming"`` (uniform, a = sqrt 5); ``"normal"``;
             ``"kaiming_both"``: B too (MultiLoRA); ``"tied"``: kaiming, the same A for all experts (shared A);
+            ``"segments"``: A and B from segments of the weight's spectrum (`compose.routers.segments`);
             ``"empty"``: rank 0 (the experts are something else and the bank only names them).
         std: Of ``"normal"``.
         seed: See above.
@@ -60,17 +65,43 @@ def fresh_experts(
     most = max(counts.values(), default=0)
     if most < 1 or (names is not None and len(names) != most):
         raise IncompatibleError(f"num_experts must be at least 1 and names as many, got {num_experts}, {names}")
-    scaling = (rank if alpha is None else alpha) / rank
-    adapters = []
-    for index in range(most):
-        name = f"expert_{index}" if names is None else names[index]
-        updates = {}
-        for target in targets:
-            if index < counts[target]:
-                drawn = 0 if init == "tied" else index
-                updates[target] = _factors(widths[target], rank, scaling, init, std, (seed, drawn, target))
-        adapters.append(Adapter(name, "", updates))
-    return adapters
+    factor = float(rank if alpha is None else alpha)
+    scalings = {target: _scaling(scaling, factor, rank, width) for target, (width, _) in widths.items()}
+    if init == "segments":
+        made = _segments(model, counts, rank, scalings)
+    else:
+        made = {
+            target: [
+                _factors(widths[target], rank, scalings[target], init, std, (seed, 0 if init == "tied" else e, target))
+                for e in range(counts[target])
+            ]
+            for target in targets
+        }
+    return [
+        Adapter(
+            f"expert_{index}" if names is None else names[index],
+            "",
+            {target: updates[index] for target, updates in made.items() if index < len(updates)},
+        )
+        for index in range(most)
+    ]
+
+
+def base_weight(model: Any, target: str) -> torch.Tensor:
+    """Weight ``(O, D)`` of a linear layer, GPT-2's ``Conv1D`` included; detached, not copied.
+
+    Raises:
+        IncompatibleError: No such linear layer, or its weight is quantised.
+    """
+    linear_widths(model, target)
+    module = model.get_submodule(target)
+    module = getattr(module, "base_layer", module)
+    weight: torch.Tensor = module.weight.detach()
+    if not weight.is_floating_point():
+        raise IncompatibleError(
+            f"{target}: its weight is quantised ({weight.dtype}), so it has no spectrum to start from"
+        )
+    return weight.T if type(module).__name__ == "Conv1D" else weight
 
 
 def linear_widths(model: Any, target: str) -> tuple[int, int]:
@@ -128,6 +159,25 @@ def check_experts(bank: Any) -> None:
         )
 
 
+def _scaling(rule: ScalingRule, alpha: float, rank: int, width: int) -> float:
+    if rule not in get_args(ScalingRule):
+        raise IncompatibleError(f"scaling must be one of {', '.join(get_args(ScalingRule))}, got {rule!r}")
+    if rule == "width":
+        return math.sqrt(3 * alpha * width / rank)
+    return alpha / (rank if rule == "alpha" else math.sqrt(rank))
+
+
+def _segments(
+    model: Any, counts: Mapping[str, int], rank: int, scalings: Mapping[str, float]
+) -> dict[str, list[LowRank]]:
+    from compose.routers.segments import spectrum_segments  # it reads weights through this module
+
+    return {
+        target: spectrum_segments(model, target, num_experts=count, rank=rank, scaling=scalings[target])
+        for target, count in counts.items()
+    }
+
+
 def _counts(targets: Sequence[str], num_experts: int | Sequence[int]) -> dict[str, int]:
     if isinstance(num_experts, int):
         return dict.fromkeys(targets, num_experts)
@@ -144,10 +194,8 @@ def _factors(
         return LowRank(torch.zeros(0, width), torch.zeros(out, 0), 1.0)
     seed, expert, target = key
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{expert}/{target}".encode()))
-    if init == "normal":
-        a = torch.randn(rank, width, generator=generator) * std
-    else:
-        a = _kaiming(rank, width, generator)
+    normal = init == "normal"
+    a = torch.randn(rank, width, generator=generator) * std if normal else _kaiming(rank, width, generator)
     b = _kaiming(out, rank, generator) if init == "kaiming_both" else torch.zeros(out, rank)
     return LowRank(a, b, scaling)
 
