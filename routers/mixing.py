@@ -57,7 +57,7 @@ class Mixer(nn.Module):
     def structure(self, target: str) -> nn.Module | None:
         """The target's own experts, where there are any."""
         key = target.replace(".", "/")
-        return self.structures[key] if key in self.structures else None  # noqa: SIM401 - a ModuleDict has no get
+        return self.structures[key] if key in self.structures else None  # noqa: SIM401 - ModuleDict has no get  # noqa: SIM401 - a ModuleDict has no get
 
     def _fitted(self, routing: Routing, stack: LoraStack) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gates for one target: experts without factors here are masked, and the rest takes over their share."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -37,14 +38,15 @@ class MlpGate:
     def __post_init__(self) -> None:
         if self.depth < 1 or self.hidden < 1 or not 0 <= self.dropout < 1:
             raise IncompatibleError(
-                f"depth and hidden must be at least 1 and dropout in [0, 1), got {self.depth}, {self.hidden}, {self.dropout}"
+                f"depth and hidden must be at least 1 and dropout in [0, 1), got {self.depth}, {self.hidden}, "
+                f"{self.dropout}"
             )
 
     def build(self, shape: SiteShape) -> nn.Module:
         """Return the gate of one site."""
         widths = [shape.in_features, *[self.hidden] * (self.depth - 1), shape.num_experts]
         layers: list[nn.Module] = []
-        for place, (width, out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for place, (width, out) in enumerate(pairwise(widths)):
             if place:
                 layers += [nn.ReLU(), nn.Dropout(self.dropout)]
             linear = nn.Linear(width, out, bias=self.bias)

@@ -22,7 +22,9 @@ SPECS = {
     "token_group": MixtureSpec(gate=NORMAL, site="group"),
     "first_pass": MixtureSpec(gate=NORMAL, site="model", gate_input="first_pass"),
     "sequence_block": MixtureSpec(gate=NORMAL, site="block", scope="sequence", gate_input="block", pooling="mean"),
-    "sequence_model": MixtureSpec(gate=NORMAL, site="model", scope="sequence", gate_input="embeddings", pooling="mean"),
+    "sequence_model": MixtureSpec(
+        gate=NORMAL, site="model", scope="sequence", gate_input="embeddings", pooling="mean"
+    ),
     "sequence_first_pass": MixtureSpec(
         gate=NORMAL, site="model", scope="sequence", gate_input="first_pass", pooling="last"
     ),
