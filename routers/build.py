@@ -33,6 +33,7 @@ def build(
     clusters: int = 0,
     text_features: int = 0,
     seed: int = 0,
+    targets: Sequence[str] | None = None,
 ) -> RoutedModel:
     """Put a router over the bank of an attached model and make it the selection in force.
 
@@ -45,6 +46,7 @@ def build(
         clusters: Number of clusters, where gates read cluster ids.
         text_features: Width of text embeddings, where gates read them.
         seed: Of initial values.
+        targets: What is routed, in module order, where it is known; None: what the specification's pattern finds.
 
     Returns:
         The model with its router, an ``nn.Module`` to train, run and save.
@@ -53,7 +55,7 @@ def build(
         IncompatibleError: The bank, the model and the specification do not fit together.
     """
     _check(attached, spec, tasks, clusters, text_features)
-    targets = _routed_targets(attached, spec)
+    targets = _routed_targets(attached, spec) if targets is None else _known_targets(attached, targets)
     layout = make_sites(targets, spec.site)
     generator = torch.Generator().manual_seed(seed)
     numbers = {"num_tasks": len(tasks), "num_clusters": clusters, "text_features": text_features}
@@ -97,6 +99,13 @@ def _routed_targets(attached: Attached, spec: MixtureSpec) -> list[str]:
 
 
 def _shapes(
+def _known_targets(attached: Attached, targets: Sequence[str]) -> list[str]:
+    unknown = [target for target in targets if target not in attached.layers]
+    if unknown:
+        raise IncompatibleError(f"{unknown[0]!r} is no target of the bank (and {len(unknown) - 1} more are not)")
+    return list(targets)
+
+
     attached: Attached,
     spec: MixtureSpec,
     layout: Mapping[str, Site],

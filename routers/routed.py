@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,13 +33,14 @@ class RoutedModel(nn.Module):
         model: The attached model's module.
         router: The gates.
         mixer: How gates meet experts; holds experts that are not the bank's.
+        numbers: ``num_tasks``, ``num_clusters`` and ``text_features`` that it was built for.
         last_losses: Auxiliary losses of the last call by name, times nothing, averaged over sites; detached.
     """
 
     def __init__(self, session: RoutingSession, *, numbers: Mapping[str, int]) -> None:
         super().__init__()
         self._session = session
-        self._numbers = dict(numbers)
+        self.numbers = dict(numbers)
         self.model = session.attached.model
         self.router = session.router
         self.mixer = session.mixer
@@ -114,7 +116,7 @@ class RoutedModel(nn.Module):
         """
         said = {name: options.pop(name) for name in _CONTEXT if name in options}
         context = RoutingContext(**said) if said else self._session.context
-        if not self.config.is_encoder_decoder:  # without a cache every step computes the prompt again, with what follows
+        if not self.config.is_encoder_decoder:  # without a cache, steps compute the prompt again with what follows
             context = replace(context, prompt_mask=_prompt_columns(inputs))
         with self._session.told(context), self.attached.using(self._session):
             return self.attached.generate(inputs, **options)
@@ -172,6 +174,12 @@ class RoutedModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """Undo `gradient_checkpointing_enable`."""
         self.model.gradient_checkpointing_disable()
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write router, trained experts and what they need, as a folder; see `compose.routers.saved`."""
+        from compose.routers.saved import save  # it builds routed models, so it stands above this module
+
+        return save(self, folder, overwrite=overwrite)
 
     def remove(self) -> None:
         """Take the router off the attached model; the bank stays attached."""
