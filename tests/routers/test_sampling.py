@@ -53,7 +53,7 @@ def test_shares(sampling, expected) -> None:
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected) / sum(expected))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     by=st.sampled_from(BYS),
@@ -93,7 +93,7 @@ def test_counts_match_the_shares_over_many_steps(by) -> None:
 def test_first_steps_have_no_favourite_tasks() -> None:
     """Averaged over seeds the very first batch already follows the shares."""
     data = records([8, 4, 4])
-    seeds = 2000
+    seeds = 1000
     first = [flat(TaskSampler(data, Sampling(), batch_size=1, seed=seed).batch(0))[0] for seed in range(seeds)]
     counts = tally(data, first)
     for task, share in {"t0": 0.5, "t1": 0.25, "t2": 0.25}.items():
@@ -101,7 +101,7 @@ def test_first_steps_have_no_favourite_tasks() -> None:
         assert abs(counts[task] - seeds * share) < 4 * deviation
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4), seed=st.integers(), by=st.sampled_from(BYS))
 def test_a_task_is_seen_whole_before_any_record_comes_again(sizes, seed, by) -> None:
     data = records(sizes)
@@ -126,9 +126,19 @@ def test_a_round_of_proportional_mixed_batches_is_an_epoch_in_a_new_order_each_t
     epochs = [[number for step in range(3) for number in flat(sampler.batch(3 * epoch + step))] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+    tasks = [[data[number].task for number in epoch] for epoch in epochs]
+    assert tasks[0] != tasks[1] != tasks[2]
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_task_rarer_than_one_in_an_epoch_comes_once_in_a_round(seed) -> None:
+    sampler = TaskSampler(records([4, 1]), Sampling(by="temperature", temperature=0.5), batch_size=1, seed=seed)
+    assert sampler.shares["t1"] == pytest.approx(1 / 17)
+    assert sampler.round_slots == 17
+    assert [sampler.counts(start, start + 17)["t1"] for start in range(0, 170, 17)] == [1] * 10
+
+
+@settings(max_examples=20, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
     batch=st.sampled_from(["mixed", "homogeneous", "balanced"]),
@@ -180,13 +190,14 @@ def test_weights_count_within_a_task_and_for_its_share() -> None:
     assert sampler.shares == {"t0": pytest.approx(6.5 / 8.5), "t1": pytest.approx(2 / 8.5)}
     assert sampler.num_records == 6
     drawn = torch.zeros(7)
-    steps = 3000
+    steps = 1000
     for step in range(steps):
         for number in flat(sampler.batch(step)):
             drawn[int(data[number].example.input)] += 1
     expected = torch.tensor(weights) / sum(weights) * steps * 7
     assert drawn[3] == 0
-    torch.testing.assert_close(drawn, expected, rtol=0.02, atol=0)  # systematic: under 1 % here
+    # four deviations of a coin thrown per step
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=64)
 
 
 def test_a_cycle_with_weights_holds_each_record_about_as_often_as_expected() -> None:
