@@ -26,7 +26,7 @@ class MmdAlign(AbstractLoss):
     """Squared maximum mean discrepancy of ``A x`` between tasks, mean over pairs of tasks.
 
     ``mean k(x, x') + mean k(y, y') - 2 mean k(x, y)``, ``k = Σ exp(-|x - y|² / (2 bandwidth))``, the sample itself
-    included in its mean as in the code. Optimum 0 (equal samples); at most twice the number of bandwidths. 0 with fewer
+    included in its mean as upstream. Optimum 0 (equal samples); at most twice the number of bandwidths. 0 with fewer
     than two tasks in the batch: the paper samples an equal number of rows per task. Default of its script: 0.2.
 
     Departures: upstream compares equal positions of padded rows and counts padding; here the decisions of a task are

@@ -18,7 +18,7 @@ class TopK:
     """Keep ``k`` experts per decision (all of a site that has fewer).
 
     Attributes:
-        k: How many; a tuple gives every layer its own, as MoLA (arXiv:2402.08562), repeated in equal parts along the depth.
+        k: How many; a tuple gives every equal part of the depth its own, as MoLA (arXiv:2402.08562).
     """
 
     k: int | tuple[int, ...] = 2
@@ -35,22 +35,31 @@ class TopK:
     def build(self, shape: SiteShape) -> nn.Module:
         """Return the selector of one site."""
         place = max(0, shape.layer) * len(self.per_layer) // max(1, shape.num_layers)
-        return _TopK(min(self.per_layer[place], int(shape.available_E.sum())))
+        bias_E = torch.zeros(shape.num_experts) if self.selection_bias else None
+        return _TopK(min(self.per_layer[place], int(shape.available_E.sum())), bias_E)
 
 
 class _TopK(nn.Module):
-    def __init__(self, k: int) -> None:
+    selection_bias_E: torch.Tensor | None
+
+    def __init__(self, k: int, bias_E: torch.Tensor | None = None) -> None:
         super().__init__()
         self.k = k
+        self.register_buffer("selection_bias_E", bias_E)
 
-    def forward(
-        self, logits: torch.Tensor, probs: torch.Tensor, seen: Seen, available_E: torch.Tensor
-    ) -> Selected:
+    def forward(self, logits: torch.Tensor, probs: torch.Tensor, seen: Seen, available_E: torch.Tensor) -> Selected:
         """Probabilities of the chosen, best first."""
-        return take_top(logits, probs, self.k)
+        if self.selection_bias_E is None:
+            return take_top(logits, probs, self.k)
+        biased = (probs + self.selection_bias_E).masked_fill(logits == float("-inf"), float("-inf"))
+        return take_top(logits, probs, self.k, biased)
 
 
-def take_top(logits: torch.Tensor, probs: torch.Tensor, k: int) -> Selected:
-    """Keep the ``k`` highest logits per decision, best first; equal ones by index, lower first."""
-    ids = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices[..., :k]
+def take_top(logits: torch.Tensor, probs: torch.Tensor, k: int, order: torch.Tensor | None = None) -> Selected:
+    """Keep the ``k`` experts of highest ``order`` (default: logits) per decision, best first.
+
+    Equal ones go by index, lower first.
+    """
+    ranked = (logits if order is None else order).detach()
+    ids = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :k]
     return Selected(probs.gather(-1, ids), ids, logits.gather(-1, ids))
