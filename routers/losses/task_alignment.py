@@ -113,7 +113,7 @@ def _over_pairs(
     for task in decisions.tasks_N[mask_N & (decisions.tasks_N >= 0)].unique().tolist():
         of_task = mask_N & (decisions.tasks_N == task)
         lines_S = sample(of_task, len(of_task) if tokens is None else tokens)
-        if len(lines_S) >= least:
+        if len(lines_S) >= least and len(a_RD):
             samples.append(at_least_float32(x_ND[lines_S]) @ a_RD.T)
     distances = [distance(left, right) for left, right in combinations(samples, 2)]
     if not distances:

@@ -19,9 +19,12 @@ class TopK:
 
     Attributes:
         k: How many; a tuple gives every equal part of the depth its own, as MoLA (arXiv:2402.08562).
+        selection_bias: Rank experts by probability plus a bias per expert, a saved buffer without gradient that starts
+            at 0 and that `compose.routers.balance` moves (arXiv:2408.15664; SMoRA). Gates do not contain it.
     """
 
     k: int | tuple[int, ...] = 2
+    selection_bias: bool = False
 
     def __post_init__(self) -> None:
         if any(k < 1 for k in self.per_layer):
