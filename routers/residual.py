@@ -1,4 +1,4 @@
-"""The residual of a base weight whose parts became experts: GOAT (ICML 2025; its code at ef4d21a).
+"""The residual of a base weight whose parts became experts: GOAT (arXiv:2502.16894; its code at ef4d21a).
 
 Experts that start as parts of ``W`` would count these parts twice, so the base becomes ``W - mean_e s_e B_e A_e`` of
 the initial factors. Here nothing of the base is edited: the difference is computed beside it from frozen copies of the
@@ -42,9 +42,13 @@ class StartResidual(nn.Module):
         stack: LoraStack = call.stack
         if call.base is None:
             raise IncompatibleError(f"{self.target}: there is no base output that experts could be parts of")
-        start = LoraStack(self.a_RD, self.b_RO, stack.scaling_E, stack.ranks, stack.index)
+        start = self.start(stack)
         here_E = torch.tensor([rank > 0 for rank in stack.ranks], dtype=torch.float32, device=x.device)
         return mixture_lora(
             x, start, -here_E / here_E.sum().clamp_min(1.0), base=call.base, backend=call.backend,
             reuse_base=call.owns_base,
         )  # fmt: skip
+
+    def start(self, stack: LoraStack) -> LoraStack:
+        """The factors at the start, with the scalings and ranks of those of now."""
+        return LoraStack(self.a_RD, self.b_RO, stack.scaling_E, stack.ranks, stack.index)

@@ -1,4 +1,4 @@
-"""Experts that start as segments of the base weight's spectrum: GOAT (ICML 2025; its code at ef4d21a).
+"""Experts that start as segments of the base weight's spectrum: GOAT (arXiv:2502.16894; its code at ef4d21a).
 
 Shape letters: ``E`` experts, ``r`` rank of one expert, ``D`` in, ``O`` out, ``M`` singular values.
 """
