@@ -23,6 +23,7 @@ from compose.routers.session import Attached, RoutingSession
 from compose.routers.sites import Site, make_sites
 from compose.routers.spec import MixtureSpec, reads_prompt_too
 from compose.routers.structures import make_structures
+from compose.routers.taps import tap_target
 
 
 def build(
@@ -32,8 +33,8 @@ def build(
     tasks: Sequence[str] = (),
     clusters: int = 0,
     text_features: int = 0,
-    seed: int = 0,
     targets: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> RoutedModel:
     """Put a router over the bank of an attached model and make it the selection in force.
 
@@ -45,8 +46,8 @@ def build(
         tasks: Names of the tasks, where gates read task ids.
         clusters: Number of clusters, where gates read cluster ids.
         text_features: Width of text embeddings, where gates read them.
-        seed: Of initial values.
         targets: What is routed, in module order, where it is known; None: what the specification's pattern finds.
+        seed: Of initial values.
 
     Returns:
         The model with its router, an ``nn.Module`` to train, run and save.
@@ -73,7 +74,7 @@ def _check(attached: Attached, spec: MixtureSpec, tasks: Sequence[str], clusters
     check_experts(attached.bank)
     first = next(iter(attached.layers.values()))
     own = isinstance(first.a_RD, torch.nn.Parameter)
-    if spec.trains_experts and not own and spec.structure == "lora":
+    if spec.trains_experts and not own and spec.structure in ("lora", "ffn"):
         raise IncompatibleError(
             f"this mixture trains its experts (train={spec.train!r}): attach the bank with trainable=True"
         )
@@ -98,7 +99,6 @@ def _routed_targets(attached: Attached, spec: MixtureSpec) -> list[str]:
     return [target for target in order if pattern.search(target)]
 
 
-def _shapes(
 def _known_targets(attached: Attached, targets: Sequence[str]) -> list[str]:
     unknown = [target for target in targets if target not in attached.layers]
     if unknown:
@@ -106,6 +106,7 @@ def _known_targets(attached: Attached, targets: Sequence[str]) -> list[str]:
     return list(targets)
 
 
+def _shapes(
     attached: Attached,
     spec: MixtureSpec,
     layout: Mapping[str, Site],
@@ -117,6 +118,7 @@ def _known_targets(attached: Attached, targets: Sequence[str]) -> list[str]:
         depth[site.body] = max(depth.get(site.body, 0), site.layer + 1)
     shapes = {}
     shared: dict[str, torch.nn.Module] = {}
+    tapped = attached.layers[tap_target(attached, spec.tap)].stack if spec.tap else None
     for name, site in layout.items():
         stacks = {target: attached.layers[target].stack for target in site.targets}
         shapes[name] = SiteShape(
@@ -130,6 +132,7 @@ def _known_targets(attached: Attached, targets: Sequence[str]) -> list[str]:
             generator=generator,
             prompt_features=hidden_size(attached.model) if reads_prompt_too(spec) else 0,
             shared=shared,
+            tapped=tapped,
             **numbers,
         )
         if spec.missing == "mask" and not bool(shapes[name].available_E.any()):
@@ -140,7 +143,7 @@ def _known_targets(attached: Attached, targets: Sequence[str]) -> list[str]:
 def _available(stacks: Mapping[str, LoraStack], spec: MixtureSpec) -> torch.Tensor:
     """Experts with factors at any target of a site; all where missing ones count as zero or experts are no factors."""
     ranks = torch.tensor([stack.ranks for stack in stacks.values()])
-    if spec.missing == "zero" or spec.structure != "lora":
+    if spec.missing == "zero" or spec.structure not in ("lora", "ffn"):
         return torch.ones(ranks.shape[1], dtype=torch.bool)
     return (ranks > 0).any(0)
 
@@ -151,6 +154,8 @@ def _width(
     stack = stacks[site.leader]
     if spec.gate_input in ("none", "task_id", "cluster_id"):
         return 0
+    if spec.gate_input == "tap":
+        return int(attached.layers[tap_target(attached, spec.tap)].a_RD.shape[1])
     if spec.gate_input == "text":
         return numbers["text_features"]
     if spec.gate_input == "ranks":
@@ -163,8 +168,8 @@ def _width(
     width = hidden_size(attached.model)
     if spec.gate_input == "layer" and stack.a_RD.shape[1] != width:
         raise IncompatibleError(
-            f"{site.leader}: in a decoder, gates per sequence read the encoder's states of width {width}, in the encoder "
-            f"this layer's input of width {stack.a_RD.shape[1]}; choose site='block_part' or leave the target out"
+            f"{site.leader}: in a decoder, gates per sequence read the encoder's states of width {width}, in the "
+            f"encoder this layer's input of width {stack.a_RD.shape[1]}; use site='block_part' or leave the target out"
         )
     return width
 

@@ -31,6 +31,7 @@ class SiteShape(NamedTuple):
         generator: Source of initial values; draws are in the order of sites.
         prompt_features: Width of the prompt's vector, for gates per token that read it too.
         shared: Modules that sites have in common, by name; a component looks there first and enters what it makes.
+        tapped: Factors of the target whose input the gate reads in the base pass; None: it reads none.
     """
 
     name: str
@@ -45,12 +46,18 @@ class SiteShape(NamedTuple):
     text_features: int
     generator: torch.Generator
     shared: MutableMapping[str, nn.Module] | None = None
+    tapped: LoraStack | None = None
     prompt_features: int = 0
 
     @property
     def num_experts(self) -> int:
         """``E``."""
         return len(self.experts)
+
+    @property
+    def read_stack(self) -> LoraStack:
+        """Factors of the target whose input the gate reads: the tapped one, or the site's first."""
+        return next(iter(self.stacks.values())) if self.tapped is None else self.tapped
 
 
 class Component(Protocol):

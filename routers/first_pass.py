@@ -2,12 +2,13 @@
 
 X-LoRA (arXiv:2402.07148) computes gates from the hidden states of the model without adapters. The pass runs the layers
 only: no head, no loss. While tokens are generated both passes keep a cache. That of the base pass is made of further
-layers of the *same* cache object, so what generation does to a cache (reordering for beams, repeating, cropping) happens
-to both, and nothing of the session's own has to be kept in step.
+layers of the *same* cache object, so what generation does to a cache (reordering for beams, repeating, cropping)
+happens to both, and nothing of the session's own has to be kept in step.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def past_length(cache: Any) -> int:
 
 
 def base_pass(
-    attached: Any, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    attached: Any, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, cached: bool = True
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Run ``body`` without adapters and gradients.
 
@@ -31,6 +32,7 @@ def base_pass(
         body: The module that holds the layers.
         args: Its positional inputs.
         kwargs: Its named inputs.
+        cached: Whether the pass keeps a cache for later tokens; False for what is decided on the prompt alone.
 
     Returns:
         The last hidden states ``(B, T, D)``, and the named inputs for the pass with adapters: where a cache is wanted
@@ -40,6 +42,12 @@ def base_pass(
         IncompatibleError: The cache is not of a kind that grows by layers.
     """
     kwargs = dict(kwargs)
+    if not cached:
+        own = {"past_key_values": None, "use_cache": False, "labels": None}
+        inner = {**kwargs, **{key: value for key, value in own.items() if key in kwargs}}
+        if "use_cache" in _parameters(body):
+            inner["use_cache"] = False
+        return _run(attached, body, args, inner), kwargs
     cache = kwargs.get("past_key_values")
     wanted = kwargs.get("use_cache", getattr(getattr(body, "config", None), "use_cache", False))
     training = body.training and torch.is_grad_enabled() and getattr(body, "gradient_checkpointing", False)
@@ -48,14 +56,17 @@ def base_pass(
     inner = {**kwargs, "past_key_values": _partner(cache, body)} if cache is not None else dict(kwargs)
     if "labels" in inner:
         inner.pop("labels")
+    return _run(attached, body, args, inner), kwargs
+
+
+def _run(attached: Any, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The last hidden states of the bare base model."""
     with torch.no_grad(), attached.using(None):
-        output = body(*args, **inner)
-    return (output[0] if not isinstance(output, torch.Tensor) else output), kwargs
+        output = body(*args, **kwargs)
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _parameters(body: nn.Module) -> tuple[str, ...]:
-    import inspect
-
     return tuple(inspect.signature(body.forward).parameters)
 
 
@@ -82,8 +93,7 @@ def _partner(cache: Any, body: Any) -> Any:
     depth = _depth(body)
     for _ in range(2 * depth - len(cache.layers)):
         cache.layers.append(_layer_like(cache, body))
-    view = Cache(layers=cache.layers[depth : 2 * depth])
-    return view
+    return Cache(layers=cache.layers[depth : 2 * depth])
 
 
 def _depth(body: Any) -> int:

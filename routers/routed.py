@@ -24,8 +24,8 @@ _CONTEXT = tuple(each.name for each in fields(RoutingContext) if each.name not i
 class RoutedModel(nn.Module):
     """The model, its router and what trains, as one module.
 
-    Calling it runs the model with the router in force and adds the auxiliary losses to the model's loss. It works where
-    modules work: plain loops, ``Trainer``, ``DistributedDataParallel``, gradient checkpointing (not reentrant, where
+    Calling it runs the model with the router in force and adds the auxiliary losses to the model's loss. It works
+    where modules work: plain loops, ``Trainer``, ``DistributedDataParallel``, gradient checkpointing (not reentrant, where
     auxiliary losses train). The router stays in force outside of calls too, so ``model.generate`` uses it, until
     ``remove`` or until other coefficients are set on the attached model.
 
@@ -209,13 +209,13 @@ class RoutedModel(nn.Module):
         own = list(self.mixer.parameters())
         routed = [layer for target, layer in self.attached.layers.items() if target in self.router.site_of]
         factors = [factor for layer in routed for factor in (layer.a_RD, layer.b_RO)]
-        if self.spec.structure != "lora":
+        if self.spec.structure not in ("lora", "ffn"):
             return own
         return own + [factor for factor in factors if isinstance(factor, nn.Parameter)]
 
 
 def _prompt_columns(inputs: Any) -> torch.Tensor:
-    """bool ``(B, T)``: the columns of prompts that are padded on the left to the longest."""
+    """Bool ``(B, T)``: the columns of prompts that are padded on the left to the longest."""
     rows, lengths = inputs, None
     if isinstance(inputs, Mapping):
         rows, lengths = inputs["input_ids"], inputs.get("attention_mask")

@@ -27,6 +27,7 @@ class SiteRouter(nn.Module):
         available_E: bool: experts that take part; always-on ones do not.
         always_E: float32: 1 for always-on experts.
         gate: The network; None for constant gates of 1.
+        constant: Whether always-on experts are all that the site has.
         normalise: See `compose.routers.steps`.
         select: See `compose.routers.steps`.
     """
@@ -42,8 +43,9 @@ class SiteRouter(nn.Module):
         shape = shape._replace(available_E=present_E & ~always_E)
         self.register_buffer("available_E", shape.available_E, persistent=False)
         self.register_buffer("always_E", (always_E & present_E).float(), persistent=False)
-        self.gate = None if spec.gate is None else spec.gate.build(shape)
-        if spec.gate is not None and spec.splits > 1:
+        self.constant = not bool(shape.available_E.any())  # nothing to choose from: always-on experts alone
+        self.gate = None if spec.gate is None or self.constant else spec.gate.build(shape)
+        if spec.gate is not None and self.gate is not None and spec.splits > 1:
             self.gate = _Splits([self.gate, *(spec.gate.build(shape) for _ in range(spec.splits - 1))])
         self.normalise = spec.normalise.build(shape)
         self.select = spec.select.build(shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +25,13 @@ from compose.routers.mixing import Mixer
 from compose.routers.pooling import pool
 from compose.routers.router import Router
 from compose.routers.routing import Decisions, Routing
-from compose.routers.sites import Site, reads_encoder
+from compose.routers.sites import Site, body_path, reads_encoder
 from compose.routers.spec import reads_prompt_too
 from compose.routers.steps import Seen
+from compose.routers.taps import tap_target, tapped
 
-BODY_INPUTS = ("embeddings", "first_pass")
+BODY_INPUTS = ("embeddings", "first_pass", "tap")
+BASE_INPUTS = ("first_pass", "tap")
 
 
 class Call(Protocol):
@@ -99,7 +101,10 @@ class RoutingSession:
         self.mixer = mixer
         self.context = RoutingContext()
         self.training = False
-        self._bodies = {site.body: _Body() for site in router.layout.values()}
+        self._tap = tap_target(attached, router.spec.tap) if router.spec.tap else ""
+        paths = [site.body for site in router.layout.values()] + ([body_path(self._tap)] if self._tap else [])
+        self._bodies = {path: _Body() for path in paths}
+        self._base_prompt: torch.Tensor | None = None
         self._routings: dict[str, Routing] = {}
         self._records: list[Decisions] | None = None
         self._keeps_inputs = False
@@ -193,18 +198,55 @@ class RoutingSession:
             body.encoder = kwargs.get("encoder_hidden_states") if body.decodes else None
             body.encoder_mask = kwargs.get("encoder_attention_mask") if body.decodes else None
             body.context = self.context.with_inputs(self._mask(body, kwargs), self._labels(body))
-            if self.router.spec.gate_input != "first_pass":
+            if self.router.spec.gate_input not in BASE_INPUTS:
+                return None
+            names = [name for name, site in self.router.layout.items() if site.body == path]
+            if self.router.spec.scope == "sequence":
+                self._decide_on_base_prompt(body, names, (module, args, kwargs))
                 return None
             hidden, kwargs = base_pass(self.attached, module, args, kwargs)
-            for name, site in self.router.layout.items():
-                if site.body == path:
-                    self._decide(name, hidden, None)
+            for name in names:
+                self._decide(name, hidden, None)
             return args, kwargs
 
         return hook
 
+    def _decide_on_base_prompt(
+        self, body: _Body, names: list[str], call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+    ) -> None:
+        """Decide once per sequence, on the prompt as the bare base model sees it; a decoder reads the encoder's."""
+        if body.past and all(name in self._routings for name in names):
+            return
+        if body.past:
+            raise IncompatibleError(
+                "a gate per sequence is decided on the whole prompt, and the cache holds part of it; start without one"
+            )
+        if not body.decodes:
+            self._base_prompt = self._read_base_prompt(body, *call)
+        prompt = self._base_prompt
+        if body.decodes:
+            rows = len(body.encoder) if body.encoder is not None else 0
+            prompt = _pooled(self.router.spec.pooling, None, body) if prompt is None else repeat_rows(prompt, rows)
+        stack = self.attached.layers[self._tap].stack if self._tap else None
+        for name in names:
+            self._decide(name, prompt, stack)
+
+    def _read_base_prompt(
+        self, body: _Body, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """``(B, D)``: the last hidden states, or the tapped target's input, of the prompt in the bare base model."""
+        if not self._tap:
+            hidden, _ = base_pass(self.attached, module, args, kwargs, cached=False)
+            return _pooled(self.router.spec.pooling, hidden, body)
+        with tapped(self.attached.layers[self._tap]) as inputs:
+            base_pass(self.attached, module, args, kwargs, cached=False)
+        return _pooled(self.router.spec.pooling, inputs[-1], body)
+
     def _mask(self, body: _Body, kwargs: dict[str, Any]) -> torch.Tensor | None:
         mask = self._top.get("decoder_attention_mask" if body.decodes else "attention_mask")
+        labels = self._top.get("labels") if body.decodes else None
+        if mask is None and labels is not None and labels.dim() == 2:
+            mask = (labels != -100).long()  # a decoder's inputs are its labels one place later
         own = kwargs.get("attention_mask")
         return mask if mask is not None or not isinstance(own, torch.Tensor) or own.dim() != 2 else own
 
@@ -268,11 +310,13 @@ class RoutingSession:
         body = self._bodies[site.body]
         if spec.scope == "sequence" and spec.pooling != "none" and body.past and name in self._routings:
             return self._routings[name]
+        if not keep:  # a decoder's target that reads the encoder's tokens: their mask, and no labels
+            body = replace(body, context=replace(body.context, attention_mask=body.encoder_mask, labels=None))
         seen = self._seen(site, body, hidden, stack)
         routing = self.router(name, seen)
         if keep:
             self._routings[name] = routing
-        if self._records is not None:
+        if self._records is not None and not self.router.site(name).constant:
             self._records.append(self._decisions(site, body, routing, hidden, stack))
         return routing
 

@@ -18,12 +18,12 @@ from compose.routers.steps import GATES, NORMALISATIONS, SELECTORS
 
 Scope = Literal["static", "task", "sequence", "token", "step"]
 GateInput = Literal[
-    "none", "task_id", "cluster_id", "text", "embeddings", "first_pass", "block", "layer", "ranks", "outputs"
+    "none", "task_id", "cluster_id", "text", "embeddings", "first_pass", "tap", "block", "layer", "ranks", "outputs"
 ]
 Pooling = Literal["none", "mean", "last"]
 Renormalise = Literal["none", "sum", "softmax", "softmax_probs"]
 Post = Literal["none", "bias", "scale"]
-Structure = Literal["lora", "shared_a", "ia3"]
+Structure = Literal["lora", "shared_a", "ia3", "ffn"]
 Missing = Literal["mask", "zero"]
 Trains = Literal["none", "router", "experts", "both"]
 
@@ -40,10 +40,12 @@ class MixtureSpec:
         scope: How often gates change.
         gate_input: What the gate reads: nothing; the row's task, cluster or text embedding; hidden states that enter
             the first block (``embeddings``); the last hidden states of a pass of the bare base model (``first_pass``,
-            two passes); hidden states that enter the block; the input of the site's first target (``layer``), or what
-            that target's experts make of it: rank activations (``ranks``) or outputs (``outputs``).
+            two passes); the input of one target in such a pass (``tap``); hidden states that enter the block; the
+            input of the site's first target (``layer``), or what that target's experts make of it: rank activations
+            (``ranks``) or outputs (``outputs``), for gates that compute those from the input and the factors.
         pooling: How hidden states become one vector per sequence; only prompt tokens are read. With gates per token:
             of the prompt's embeddings, for gate networks that read them too (``blend``).
+        tap: Regular expression for the target that ``tap`` reads: the last one that contains it.
         gate: Gate network; None for mixtures without one.
         normalise: Scores to probabilities.
         select: Who takes part.
@@ -54,7 +56,8 @@ class MixtureSpec:
         gate_power: Exponent of the gates after that; 2 is what MoCLE's code computes.
         global_scale: Multiplies all gates.
         combine: What is mixed; two different functions.
-        structure: What an expert is: low-rank factors; factors with one shared A (HydraLoRA); an output vector (IA3).
+        structure: What an expert is: low-rank factors; factors with one shared A (HydraLoRA); an output vector (IA3);
+            a whole feed-forward part whose linears carry its factors (``ffn``, MixLoRA).
         splits: Blocks of the widths that are mixed apart, with parameters combined (MHR).
         targets: Regular expression that a target's path must contain to be routed. Others get no adapter.
         always_on: Experts outside the gates, added at full strength.
@@ -76,6 +79,7 @@ class MixtureSpec:
     scope: Scope = "token"
     gate_input: GateInput = "layer"
     pooling: Pooling = "none"
+    tap: str = ""
     gate: Component | None = field(default_factory=LinearGate)
     normalise: Component = field(default_factory=Softmax)
     select: Component = field(default_factory=All)
@@ -160,7 +164,7 @@ _CLOSED = {
     "expert_grad": ("plain", "sqrt_gate"),
 }
 _PER_ROW = ("task_id", "cluster_id", "text")
-_OF_BODY = ("embeddings", "first_pass")
+_OF_BODY = ("embeddings", "first_pass", "tap")
 
 
 def _choices(spec: MixtureSpec) -> list[str]:
@@ -175,10 +179,11 @@ def _choices(spec: MixtureSpec) -> list[str]:
         problems.append(f"expert_dropout must lie in [0, 1), got {spec.expert_dropout}")
     if spec.noise < 0 or (spec.capacity is not None and spec.capacity <= 0):
         problems.append(f"noise must be >= 0 and capacity > 0, got {spec.noise}, {spec.capacity}")
-    try:
-        re.compile(spec.targets)
-    except re.error as error:
-        problems.append(f"targets is no regular expression: {error}")
+    for name in ("targets", "tap"):
+        try:
+            re.compile(getattr(spec, name))
+        except re.error as error:
+            problems.append(f"{name} is no regular expression: {error}")
     return problems
 
 
@@ -201,6 +206,10 @@ def _contradictions(spec: MixtureSpec) -> list[str]:
     problems += _of_experts(spec)
     if spec.gate is None and (spec.scope != "static" or spec.trains_router):
         problems.append("a mixture without a gate network is static and trains no router")
+    if (spec.gate_input == "tap") != bool(spec.tap) or (spec.tap and (spec.site, spec.scope) != ("model", "sequence")):
+        problems.append("tap names a target for gate_input 'tap', which is for one gate per sequence and model")
+    if spec.structure == "ffn" and (spec.site, spec.gate_input) != ("block_part", "layer"):
+        problems.append("experts that are feed-forward parts need site 'block_part' and gate_input 'layer'")
     if spec.train == "none" and spec.losses:
         problems.append("auxiliary losses need something that trains")
     return problems

@@ -1,4 +1,4 @@
-"""Experts that are no stack of low-rank factors: one shared A (HydraLoRA), output vectors (MoV), mixed in splits (MHR).
+"""Experts that are no plain stack of factors: one shared A (HydraLoRA), output vectors (MoV), mixed in splits (MHR).
 
 Shape letters: ``B`` rows, ``T`` tokens, ``D`` in, ``O`` out, ``E`` experts, ``r`` rank of one expert, ``S`` splits.
 """
@@ -34,7 +34,7 @@ def make_structures(
     Raises:
         IncompatibleError: The bank's factors or widths do not allow it.
     """
-    if spec.structure == "lora" and spec.splits == 1:
+    if spec.structure in ("lora", "ffn") and spec.splits == 1:
         return {}
     kind: Any = {"shared_a": SharedA, "ia3": OutputVectors}.get(spec.structure)
     if kind is not None:
@@ -58,7 +58,9 @@ class SharedA(nn.Module):
         stack = layer.stack
         ranks, scalings = set(stack.ranks), set(stack.scaling_E.tolist())
         if len(ranks) != 1 or len(scalings) != 1:
-            raise IncompatibleError(f"{layer.target}: experts with one shared A need one rank and scaling, got {ranks}")
+            raise IncompatibleError(
+                f"{layer.target}: experts with one shared A need one rank and scaling, got {ranks}"
+            )
         a_ErD = stack.a_RD.detach().unflatten(0, (stack.num_adapters, -1))
         if not torch.equal(a_ErD, a_ErD[:1].expand_as(a_ErD)):
             raise IncompatibleError(
@@ -109,7 +111,7 @@ class OutputVectors(nn.Module):
 
 
 class Split(nn.Module):
-    """MHR (arXiv:2211.03831): every block of the widths mixes its own factors: gates ``(..., S E)``, one set per split.
+    """MHR (arXiv:2211.03831): blocks of the widths mix factors apart: gates ``(..., S E)``, one set per split.
 
     ``Ã = concat_s Σ_e g_se A_e[:, block s]`` and the same for B over blocks of the output; then ``y = base + B̃ Ã x``.
     The factors are the bank's (parameters where they train). Equal ranks are needed, and widths that ``S`` divides.
@@ -119,7 +121,9 @@ class Split(nn.Module):
         super().__init__()
         stack = layer.stack
         if len(set(stack.ranks)) != 1:
-            raise IncompatibleError(f"{layer.target}: mixing in splits needs equal ranks, got {sorted(set(stack.ranks))}")
+            raise IncompatibleError(
+                f"{layer.target}: mixing in splits needs equal ranks, got {sorted(set(stack.ranks))}"
+            )
         if layer.in_features % splits or layer.out_features % splits:
             raise IncompatibleError(
                 f"{layer.target}: {splits} splits must divide its widths {layer.in_features} and {layer.out_features}"
@@ -128,16 +132,20 @@ class Split(nn.Module):
 
     def forward(self, x: torch.Tensor, call: Any, routing: Routing) -> torch.Tensor:
         """``x (B, D)`` or ``(B, T, D)``, gates ``(S E)`` or ``(B, S E)`` -> ``(..., O)``."""
-        stack = call.stack
-        gates = routing.dense().unflatten(-1, (self.splits, stack.num_adapters)).to(stack.a_RD.dtype)
-        root = stack.scaling_E.abs().sqrt().to(gates.dtype)
-        a = self._mixed(stack.a_RD, gates * root, stack.num_adapters)
-        b = self._mixed(stack.b_RO, gates * root * stack.scaling_E.sign().to(gates.dtype), stack.num_adapters)
+        a, b = self.factors(call.stack, routing)
         flat = x.dim() == 2
         x_BTD = x.unsqueeze(1) if flat else x
         base = call.base.unsqueeze(1) if flat and call.base is not None else call.base
         y = lowrank(x_BTD, a, b, 1.0, base)
         return y.squeeze(1) if flat else y
+
+    def factors(self, stack: Any, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mixed ``Ã (..., r, D)`` and ``B̃ (..., r, O)``, scalings included."""
+        gates = routing.dense().unflatten(-1, (self.splits, stack.num_adapters)).to(stack.a_RD.dtype)
+        root = stack.scaling_E.abs().sqrt().to(gates.dtype)
+        a = self._mixed(stack.a_RD, gates * root, stack.num_adapters)
+        b = self._mixed(stack.b_RO, gates * root * stack.scaling_E.sign().to(gates.dtype), stack.num_adapters)
+        return a, b
 
     def _mixed(self, factor_RW: torch.Tensor, gates: torch.Tensor, experts: int) -> torch.Tensor:
         """``(R, W)`` and ``(..., S, E)`` -> ``(..., r, W)``."""
