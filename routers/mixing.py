@@ -43,10 +43,11 @@ class Mixer(nn.Module):
         structure = self.structure(call.target)
         if structure is not None:
             return structure(x, call, routing)
-        gates, ids = self._fitted(routing, call.stack)
+        gates, ids = self.fitted(routing, call.stack)
         _check_tokens(x, gates, call.target)
-        if self.residuals:
-            call = call._replace(base=self.residuals[call.target.replace(".", "/")](x, call))
+        residual = self.residual(call.target)
+        if residual is not None:
+            call = call._replace(base=residual(x, call))
         if self.spec.expert_grad == "sqrt_gate":
             return _sqrt_gate(x, call, gates, ids)
         return mixture_lora(
@@ -57,9 +58,14 @@ class Mixer(nn.Module):
     def structure(self, target: str) -> nn.Module | None:
         """The target's own experts, where there are any."""
         key = target.replace(".", "/")
-        return self.structures[key] if key in self.structures else None  # noqa: SIM401 - ModuleDict has no get  # noqa: SIM401 - a ModuleDict has no get
+        return self.structures[key] if key in self.structures else None  # noqa: SIM401 - a ModuleDict has no get
 
-    def _fitted(self, routing: Routing, stack: LoraStack) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def residual(self, target: str) -> nn.Module | None:
+        """What is subtracted from the target's base output, where there is anything."""
+        key = target.replace(".", "/")
+        return self.residuals[key] if key in self.residuals else None  # noqa: SIM401 - a ModuleDict has no get
+
+    def fitted(self, routing: Routing, stack: LoraStack) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gates for one target: experts without factors here are masked, and the rest takes over their share."""
         if self.spec.missing == "zero" or all(stack.ranks):
             return routing.gates, routing.expert_ids
