@@ -97,6 +97,7 @@ class TaskSampler:
         batch_size: Records per step, of all processes.
         accumulation: Micro-batches per step.
         seed: Any integer.
+        keep: Positions of the records that take part; None: all.
 
     Attributes:
         shares: Task -> part of the draws, by name.
@@ -116,12 +117,13 @@ class TaskSampler:
         batch_size: int,
         accumulation: int = 1,
         seed: int = 0,
+        keep: Sequence[int] | None = None,
     ) -> None:
         self.sampling = sampling
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.seed = seed
-        self._tasks = _by_task(examples)
+        self._tasks = _by_task(examples, range(len(examples)) if keep is None else keep)
         self.num_records = sum(len(task.records) for task in self._tasks)
         _check_sizes(batch_size, accumulation, sampling, len(self._tasks))
         self.micro_batch = batch_size // accumulation
@@ -265,13 +267,13 @@ class TaskSampler:
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _by_task(examples: Sequence[MixedExample]) -> list[_Task]:
-    if not examples:
+def _by_task(examples: Sequence[MixedExample], keep: Sequence[int]) -> list[_Task]:
+    if not keep:
         raise IncompatibleError("there are no records to sample; check the data and the stage's tasks and experts")
     members: dict[str, list[int]] = {}
-    for number, example in enumerate(examples):
-        kept = members.setdefault(example.task, [])
-        if example.weight > 0:
+    for number in keep:
+        kept = members.setdefault(examples[number].task, [])
+        if examples[number].weight > 0:
             kept.append(number)
     if empty := sorted(task for task, kept in members.items() if not kept):
         raise IncompatibleError(f"every record of task {', '.join(empty)} has weight 0; leave the task out instead")
