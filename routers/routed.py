@@ -59,6 +59,11 @@ class RoutedModel(nn.Module):
         return self.router.spec
 
     @property
+    def session(self) -> RoutingSession:
+        """What connects the router with the attached model."""
+        return self._session
+
+    @property
     def attached(self) -> Any:
         """The attached model."""
         return self._session.attached
@@ -81,7 +86,8 @@ class RoutedModel(nn.Module):
                 ``prompt_mask``, ``expert_labels``.
 
         Returns:
-            The model's output; ``loss`` includes the auxiliary losses.
+            The model's output; ``loss`` includes the auxiliary losses, and ``aux_loss`` is their weighted sum, where
+            there are any.
         """
         said = {name: inputs.pop(name) for name in _CONTEXT if name in inputs}
         context = RoutingContext(**said) if said else self._session.context
@@ -97,7 +103,8 @@ class RoutedModel(nn.Module):
 
     def _with_losses(self, output: Any, decisions: list[Decisions]) -> Any:
         total, parts = total_loss(self.spec.losses, decisions)
-        if self.training and torch.is_grad_enabled() and self.spec.trains_router and not total.requires_grad:
+        trains = any(parameter.requires_grad for parameter in self.router.parameters())
+        if self.training and torch.is_grad_enabled() and trains and not total.requires_grad:
             raise IncompatibleError(
                 "the auxiliary losses have no gradient here; with gradient checkpointing use use_reentrant=False"
             )
@@ -105,6 +112,7 @@ class RoutedModel(nn.Module):
         if getattr(output, "loss", None) is None:
             raise IncompatibleError("the model returned no loss to add the auxiliary losses to; keep return_dict=True")
         output.loss = output.loss + total.to(output.loss.dtype)
+        output.aux_loss = total
         return output
 
     def generate(self, inputs: Any, **options: Any) -> list[list[int]]:
@@ -132,7 +140,7 @@ class RoutedModel(nn.Module):
 
     @contextmanager
     def recording(self, *, inputs: bool = False) -> Iterator[list[Decisions]]:
-        """Collect the decisions of the calls inside a ``with`` block that are not trained on auxiliary losses."""
+        """Collect the decisions of the calls inside a ``with`` block."""
         with self._session.recording(inputs=inputs) as decisions:
             yield decisions
 

@@ -158,13 +158,16 @@ class RoutingSession:
     def recording(self, *, inputs: bool = False) -> Iterator[list[Decisions]]:
         """Collect the decisions of one forward; with ``inputs`` also what losses on expert activations read.
 
-        What gradient checkpointing computes again in ``backward`` is outside of the block and not collected twice.
+        What gradient checkpointing computes again in ``backward`` is outside of the block and not collected twice. A
+        block inside another hands on to it what it collected.
         """
         before = self._records, self._keeps_inputs
         self._records, self._keeps_inputs = [], inputs
         try:
             yield self._records
         finally:
+            if before[0] is not None:
+                before[0].extend(self._records)
             self._records, self._keeps_inputs = before
 
     @contextmanager
