@@ -120,7 +120,7 @@ def read_mixed(
             line has a column that ``columns`` names.
         ComposeError: ``columns`` names no field of a record.
     """
-    _check_columns(columns)
+    check_columns(columns)
     paths = [path] if isinstance(path, str | Path) else path
     sources: dict[Path, str | None] = {}
     for one in paths:
@@ -156,7 +156,12 @@ def mixed_hash(examples: Sequence[MixedExample]) -> str:
     return hashlib.sha256(json.dumps([contents, labels]).encode()).hexdigest()
 
 
-def _check_columns(columns: Mapping[str, str]) -> None:
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Check that columns are named for fields of a record; see `read_mixed`.
+
+    Raises:
+        ComposeError: They are not; all problems are listed.
+    """
     problems = [unknown_name("field of a record", name, FIELDS) for name in columns if name not in FIELDS]
     bad = [name for name, column in columns.items() if not isinstance(column, str) or not column]
     problems += [f"the column of {name!r} must be a name, got {columns[name]!r}" for name in bad]

@@ -206,13 +206,13 @@ def plan_stages(
     return Plan(tuple(stages), tuple(steps)), tuple(samplers)
 
 
-def check_stages(stages: Sequence[Stage]) -> None:
-    """Check that there are stages and that their names differ.
+def check_stages(stages: Sequence[Stage], *, empty: bool = False) -> None:
+    """Check that names of stages differ, and that there are stages unless there may be none (``empty``).
 
     Raises:
         IncompatibleError: Otherwise.
     """
-    if not stages:
+    if not stages and not empty:
         raise IncompatibleError("a training run needs at least one stage")
     names = [stage.name for stage in stages]
     if twice := sorted({name for name in names if names.count(name) > 1}):
