@@ -325,14 +325,14 @@ class RoutingSession:
 
     def _seen(self, site: Site, body: _Body, hidden: torch.Tensor | None, stack: LoraStack | None) -> Seen:
         spec, context = self.router.spec, body.context
-        x = hidden
+        rows = None if hidden is None else hidden.shape[0]
+        x, text = hidden, _text(spec.gate_input, context, rows)
         if spec.gate_input in ("none", "task_id", "cluster_id", "text"):
-            x = None
+            x = text
         elif spec.scope == "sequence" and hidden is not None and hidden.dim() == 3:
             x = _pooled(spec.pooling, hidden, body)
-        rows = None if hidden is None else hidden.shape[0]
-        return Seen(x, _row_ids(spec.gate_input, context, rows), _text(spec.gate_input, context, rows), stack, context,
-                    self.training, self._prompts.get(site.body))  # fmt: skip
+        ids = _row_ids(spec.gate_input, context, rows)
+        return Seen(x, ids, text, stack, context, self.training, self._prompts.get(site.body))
 
     def _decisions(
         self, site: Site, body: _Body, routing: Routing, hidden: torch.Tensor | None, stack: LoraStack | None

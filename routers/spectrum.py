@@ -70,7 +70,7 @@ def spectral_rows(stack: LoraStack, *, scaled: bool, rank: int | None = None) ->
 
 
 def subspace_rows(stack: LoraStack, *, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows ``v (R, D)``: ``|v_e x|`` is the length of x in what ``B_e A_e`` reads; and the experts ``(R,)`` of rows."""
+    """Rows ``v (R, D)``: ``|v_e x|`` is the length of x in what ``B_e A_e`` reads; and the expert of each."""
     return _rows(stack, scaled=False, rank=rank, weighted=False)
 
 

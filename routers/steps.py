@@ -30,7 +30,7 @@ class Seen(NamedTuple):
     Attributes:
         x: ``(B, T, D)``, ``(B, D)`` (pooled over the prompt, or a layer without tokens); None where nothing is read.
         ids: int64 ``(B,)``: task or cluster numbers; None where the gate reads none.
-        text: ``(B, D)``: text embeddings; None where the gate reads none.
+        text: ``(B, D)`` or ``(B, T, D)``: text embeddings, which then are ``x`` too; None where the gate reads none.
         stack: Factors of the target that is being computed (the site's leader); None before any layer ran.
         context: The batch's context.
         training: Whether noise and dropout of gates apply.

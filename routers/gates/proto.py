@@ -95,11 +95,10 @@ class Prototypes(nn.Module):
         self._seen_filled = -1
 
     def forward(self, seen: Seen) -> torch.Tensor:
-        """``x (..., D)`` or text embeddings ``(B, D)`` -> scores ``(..., E)``."""
-        x = seen.text if seen.x is None else seen.x
-        assert x is not None  # noqa: S101 - the specification demands an input for this gate
+        """``x (..., D)`` -> scores ``(..., E)``."""
+        assert seen.x is not None  # noqa: S101 - the specification demands an input for this gate
         self._check_filled()
-        x = x.to(self.prototypes_EPD.dtype)
+        x = seen.x.to(self.prototypes_EPD.dtype)
         if self.options.unit_input:
             x = functional.normalize(x, dim=-1)
         scores = similarity(self.options.score, x, self.prototypes_EPD)
@@ -124,8 +123,8 @@ class Prototypes(nn.Module):
         empty = (self.available_E & ~self.filled_E).nonzero().flatten().tolist()
         if empty:
             how = {
-                "calibrated": "run compose.routers.calibrate(routed, {expert: batches})",
-                "trained": "run compose.routers.train_phatgoose_gates(routed, {expert: batches})",
+                "calibrated": "run compose.routers.calibrate.calibrate(routed, {expert: batches})",
+                "trained": "run compose.routers.phatgoose.train_phatgoose_gates(routed, {expert: batches})",
             }
             names = ", ".join(self.experts[expert] for expert in empty[:5])
             raise IncompatibleError(
