@@ -44,7 +44,10 @@ class _Softmax(nn.Module):
     def forward(self, logits: torch.Tensor, seen: Seen, available_E: torch.Tensor) -> Normalised:
         """Scores, ``-inf`` for missing experts -> probabilities."""
         if self.log_temperature is not None:
-            logits = logits * torch.exp(-self.log_temperature)
+            missing = logits == float("-inf")  # times a parameter it would give the parameter no finite gradient
+            logits = (logits.masked_fill(missing, 0) * torch.exp(-self.log_temperature)).masked_fill(
+                missing, float("-inf")
+            )
         elif self.temperature != 1.0:
             logits = logits / self.temperature
         return Normalised(torch.softmax(logits, dim=-1), scores=logits)
