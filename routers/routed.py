@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 from compose.errors import IncompatibleError
 from compose.routers.context import RoutingContext
 from compose.routers.losses.total import total_loss
-from compose.routers.routing import Decisions
+from compose.routers.routing import Decisions, Routing
 from compose.routers.session import RoutingSession
 from compose.routers.spec import MixtureSpec, Trains
 
@@ -143,6 +143,16 @@ class RoutedModel(nn.Module):
         """Collect the decisions of the calls inside a ``with`` block."""
         with self._session.recording(inputs=inputs) as decisions:
             yield decisions
+
+    @contextmanager
+    def transformed(self, transform: Callable[[str, Routing], Routing]) -> Iterator[RoutedModel]:
+        """Change every routing inside a ``with`` block: ``transform(site, routing)``. For ablations."""
+        before = self._session.transform
+        self._session.transform = transform
+        try:
+            yield self
+        finally:
+            self._session.transform = before
 
     def enable(self) -> None:
         """Put the router into force."""

@@ -93,6 +93,7 @@ class RoutingSession:
         mixer: How gates and experts meet.
         context: What was said about the batch beside the model's inputs.
         training: Whether noise and dropout of gates apply.
+        transform: Changes every routing (site, routing) before it is used: ablations.
     """
 
     def __init__(self, attached: Attached, router: Router, mixer: Mixer) -> None:
@@ -317,6 +318,8 @@ class RoutingSession:
             body = replace(body, context=replace(body.context, attention_mask=body.encoder_mask, labels=None))
         seen = self._seen(site, body, hidden, stack)
         routing = self.router(name, seen)
+        if self.transform is not None:
+            routing = self.transform(name, routing)
         if keep:
             self._routings[name] = routing
         if self._records is not None and not self.router.site(name).constant:

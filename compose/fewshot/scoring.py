@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from compose.engine.generate import generate_tokens
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.losses import response_losses
-from compose.text.encoding import encode
+from compose.text.encoding import Encoded, encode
 from compose.text.examples import Example
 
 ROWS = 128
@@ -45,9 +46,35 @@ class Interval(NamedTuple):
     high: float
 
 
+@dataclass(frozen=True)
+class ScoredBatch:
+    """A batch that is about to run.
+
+    Attributes:
+        indices: Its items.
+        rows: The same, encoded.
+        left: Whether prompts are padded on the left and alone (generation); else responses follow them, padded on the
+            right (losses).
+    """
+
+    indices: tuple[int, ...]
+    rows: tuple[Encoded, ...]
+    left: bool
+
+
+Around = Callable[[ScoredBatch], AbstractContextManager[Any]]
+"""Returns a context manager to run a batch in."""
+
+
 @torch.no_grad()
-def score(loaded: LoadedModel, items: Sequence[Example]) -> Scores:
-    """Score the model as it stands now, with whatever coefficients are in force for the whole batch."""
+def score(loaded: LoadedModel, items: Sequence[Example], around: Around = lambda batch: nullcontext()) -> Scores:
+    """Score the model as it stands now, with whatever coefficients are in force for the whole batch.
+
+    Args:
+        loaded: The model.
+        items: The examples.
+        around: What every batch of items runs in: it may put coefficients per row into force.
+    """
     losses, texts, stops = [], [], stop_ids(loaded)
     encoder_decoder = loaded.model.config.is_encoder_decoder
     encoded = encode(items, loaded.tokenizer, loaded.prompt_format, encoder_decoder=encoder_decoder)
@@ -55,11 +82,14 @@ def score(loaded: LoadedModel, items: Sequence[Example]) -> Scores:
     order = sorted(range(len(items)), key=lambda index: (encoded[index].length, index))
     options = _option_hits(loaded, items) if all(item.choices for item in items) else None
     for start in range(0, len(order), ROWS):
-        rows = [encoded[index] for index in order[start : start + ROWS]]
-        losses.append(response_losses(loaded.model, rows).cpu())
-        new_ids = generate_tokens(
-            loaded.model, [row.prompt for row in rows], max_new_tokens=longest + 2, stop_ids=stops
-        )
+        indices = tuple(order[start : start + ROWS])
+        rows = tuple(encoded[index] for index in indices)
+        with around(ScoredBatch(indices, rows, left=False)):
+            losses.append(response_losses(loaded.model, rows).cpu())
+        with around(ScoredBatch(indices, rows, left=True)):
+            new_ids = generate_tokens(
+                loaded.model, [row.prompt for row in rows], max_new_tokens=longest + 2, stop_ids=stops
+            )
         texts += loaded.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
     back = np.argsort(order)
     in_order = tuple(texts[index] for index in back)

@@ -1,0 +1,74 @@
+"""What a batch of items runs in: a router that is told what it may know, coefficients per row, or nothing.
+
+Shape letters: ``B`` rows, ``T`` tokens, ``E`` experts, ``G`` sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from compose.engine.attach import AttachedModel
+from compose.engine.coefficients import Coefficients
+from compose.evaluation.controls import Transform
+from compose.fewshot.scoring import Around, ScoredBatch
+from compose.routers.routed import RoutedModel
+
+
+def prompt_columns(batch: ScoredBatch) -> torch.Tensor:
+    """bool ``(B, T)``: columns that hold the prompts; the rest of a row is its response."""
+    longest = max(len(row.prompt) for row in batch.rows)
+    if batch.left:
+        return torch.ones(len(batch.rows), longest, dtype=torch.bool)
+    lengths = torch.tensor([len(row.prompt) for row in batch.rows])
+    return torch.arange(longest) < lengths[:, None]
+
+
+def routed_rows(
+    routed: RoutedModel, said: Mapping[str, torch.Tensor], transform: Transform | None = None
+) -> Around:
+    """Run batches with a router; its sequence gates see prompts only.
+
+    Args:
+        routed: The mixture.
+        said: What it is told of every item: ``task_ids``, ``cluster_ids``, ``text_embedding``; first dimension: items.
+        transform: An ablation.
+    """
+
+    @contextmanager
+    def around(batch: ScoredBatch) -> Iterator[None]:
+        rows = torch.tensor(batch.indices)
+        told: dict[str, Any] = {name: values[rows].to(routed.device) for name, values in said.items()}
+        if not routed.config.is_encoder_decoder:
+            told["prompt_mask"] = prompt_columns(batch)
+        with routed.told(**told):
+            routed.enable()
+            if transform is None:
+                yield
+                return
+            with routed.transformed(transform):
+                yield
+
+    return around
+
+
+def adapter_rows(attached: AttachedModel, names: Sequence[str | None]) -> Around:
+    """Run every item with the adapter named for it."""
+    return lambda batch: attached.using([names[index] for index in batch.indices])
+
+
+def fixed(attached: AttachedModel, coefficients: Coefficients | None) -> Around:
+    """Run every item with the same coefficients; None: the bare base model."""
+    return lambda batch: attached.using(coefficients)
+
+
+def weighted_rows(attached: AttachedModel, values_GNE: torch.Tensor, groups: Mapping[str, int]) -> Around:
+    """Run item ``n`` with the coefficients ``values[:, n]``, per site."""
+
+    def around(batch: ScoredBatch) -> AbstractContextManager[Any]:
+        return attached.using(Coefficients(values_GNE[:, list(batch.indices)].contiguous(), groups=groups))
+
+    return around
