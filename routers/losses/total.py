@@ -38,7 +38,8 @@ def total_loss(
     """
     add = over_processes if world_sum is None else world_sum
     device = decisions[0].gates_NE.device if decisions else None
-    total, parts = torch.zeros((), device=device), {}
+    total = torch.zeros((), device=device)
+    parts: dict[str, torch.Tensor] = {}
     for loss in losses:
         values = [loss(of_site, add).to(total.device) for of_site in decisions]
         value = torch.stack(values).sum() if values else total.new_zeros(())
