@@ -107,6 +107,7 @@ class RoutingSession:
         self._bodies = {path: _Body() for path in paths}
         self._base_prompt: torch.Tensor | None = None
         self._routings: dict[str, Routing] = {}
+        self.transform: Callable[[str, Routing], Routing] | None = None
         self._records: list[Decisions] | None = None
         self._keeps_inputs = False
         self._hooks: list[RemovableHandle] = []
