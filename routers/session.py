@@ -20,6 +20,7 @@ from compose.errors import IncompatibleError
 from compose.kernels.stack import LoraStack
 from compose.routers.context import RoutingContext, repeat_rows
 from compose.routers.decisions import decisions_of
+from compose.routers.ffn import place_ffn_experts
 from compose.routers.first_pass import base_pass, past_length
 from compose.routers.mixing import Mixer
 from compose.routers.pooling import pool
@@ -50,6 +51,10 @@ class Attached(Protocol):
     model: Any
     bank: Any
     layers: Mapping[str, Any]
+
+    @property
+    def backend(self) -> str:
+        """Kernel backend."""
 
     @property
     def active(self) -> Any:
@@ -102,12 +107,13 @@ class RoutingSession:
         self.mixer = mixer
         self.context = RoutingContext()
         self.training = False
+        self.transform: Callable[[str, Routing], Routing] | None = None
         self._tap = tap_target(attached, router.spec.tap) if router.spec.tap else ""
         paths = [site.body for site in router.layout.values()] + ([body_path(self._tap)] if self._tap else [])
         self._bodies = {path: _Body() for path in paths}
         self._base_prompt: torch.Tensor | None = None
+        self._restore: Callable[[], None] | None = None
         self._routings: dict[str, Routing] = {}
-        self.transform: Callable[[str, Routing], Routing] | None = None
         self._records: list[Decisions] | None = None
         self._keeps_inputs = False
         self._hooks: list[RemovableHandle] = []
@@ -136,6 +142,8 @@ class RoutingSession:
     def install(self) -> None:
         """Put the hooks on the model; they do nothing while the session is not in force."""
         model = self.attached.model
+        if self.router.spec.structure == "ffn":
+            self._restore = place_ffn_experts(self.attached, self.router, self._routing_of_part, self._in_force)
         self._hooks.append(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(self._after_model, always_call=True))
         for path, body in self._bodies.items():
@@ -155,6 +163,9 @@ class RoutingSession:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
 
     @contextmanager
     def recording(self, *, inputs: bool = False) -> Iterator[list[Decisions]]:
@@ -303,6 +314,12 @@ class RoutingSession:
                 f"in which {site.leader!r} runs first"
             )
         return self._routings[site.name]
+
+    def _routing_of_part(self, name: str, x: torch.Tensor) -> Routing | None:
+        """The routing of a feed-forward part for its input; None while the session is not in force."""
+        if not self._in_force():
+            return None
+        return self._decide(name, x, self.attached.layers[self.router.layout[name].leader].stack)
 
     def _reads_layers(self) -> bool:
         return self.router.spec.gate_input not in (*BODY_INPUTS, "block")

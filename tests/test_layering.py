@@ -13,6 +13,7 @@ LAYERS = [
     {"bank"},
     {"engine"},
     {"fewshot"},
+    {"evaluation"},
     {"report", "demo"},
     {"cli"},
 ]

@@ -19,7 +19,7 @@ from compose.routers.routed import RoutedModel
 
 
 def prompt_columns(batch: ScoredBatch) -> torch.Tensor:
-    """bool ``(B, T)``: columns that hold the prompts; the rest of a row is its response."""
+    """Return bool ``(B, T)``: columns that hold the prompts; the rest of a row is its response."""
     longest = max(len(row.prompt) for row in batch.rows)
     if batch.left:
         return torch.ones(len(batch.rows), longest, dtype=torch.bool)
@@ -27,9 +27,7 @@ def prompt_columns(batch: ScoredBatch) -> torch.Tensor:
     return torch.arange(longest) < lengths[:, None]
 
 
-def routed_rows(
-    routed: RoutedModel, said: Mapping[str, torch.Tensor], transform: Transform | None = None
-) -> Around:
+def routed_rows(routed: RoutedModel, said: Mapping[str, torch.Tensor], transform: Transform | None = None) -> Around:
     """Run batches with a router; its sequence gates see prompts only.
 
     Args:

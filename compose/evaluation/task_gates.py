@@ -25,8 +25,8 @@ class TaskGates(NamedTuple):
     """Mean gates.
 
     Attributes:
-        values_GTE: ``(G, tasks, E)`` float32.
-        groups: Target -> site number.
+        values_GTE: ``(G + 1, tasks, E)`` float32; the last line holds zeros.
+        groups: Target -> site number; the last for targets without a gate.
     """
 
     values_GTE: torch.Tensor
@@ -82,8 +82,10 @@ def task_gates(
                 gates = each.gates_NE.double().cpu()[real_N]
             sums[place].index_add_(0, numbers_N, gates)
             counts[place].index_add_(0, numbers_N, torch.ones(len(numbers_N), 1, dtype=torch.float64))
-    groups = {target: sites[routed.router.site_of[target]] for target in routed.router.site_of}
-    return TaskGates((sums / counts.clamp_min(1)).float(), groups)
+    means = torch.cat([sums / counts.clamp_min(1), torch.zeros(1, num_tasks, experts, dtype=torch.float64)])
+    site_of = routed.router.site_of
+    groups = {target: sites.get(site_of.get(target, ""), len(sites)) for target in routed.attached.layers}
+    return TaskGates(means.float(), groups)
 
 
 def _inputs(loaded: LoadedModel, rows: Sequence[Encoded], encoder_decoder: bool) -> dict[str, torch.Tensor]:
