@@ -101,15 +101,21 @@ def test_first_steps_have_no_favourite_tasks() -> None:
         assert abs(counts[task] - seeds * share) < 4 * deviation
 
 
-@settings(max_examples=15, deadline=None)
-@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4), seed=st.integers(), by=st.sampled_from(BYS))
-def test_a_task_is_seen_whole_before_any_record_comes_again(sizes, seed, by) -> None:
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    kind=st.sampled_from([*((by, batch) for by in BYS for batch in ("mixed", "homogeneous")), (None, "balanced")]),
+    each=st.integers(1, 3),
+    seed=st.integers(),
+)
+def test_a_task_is_seen_whole_before_any_record_comes_again(sizes, kind, each, seed) -> None:
     data = records(sizes)
-    sampler = TaskSampler(data, sampling_of(by), batch_size=1, seed=seed)
+    size = each * len(sizes)
+    sampler = TaskSampler(data, sampling_of(*kind), batch_size=2 * size, accumulation=2, seed=seed)
     seen: dict[str, list[int]] = {task: [] for task in sampler.tasks}
-    for step in range(3 * len(data)):
-        (number,) = flat(sampler.batch(step))
-        seen[data[number].task].append(number)
+    for step in range(2 * len(data) // size + 1):
+        for number in flat(sampler.batch(step)):
+            seen[data[number].task].append(number)
     for task, numbers in seen.items():
         size = sizes[int(task[1:])]
         for start in range(0, len(numbers), size):
