@@ -25,6 +25,7 @@ class RoutingContext:
         attention_mask: ``(B, T)``: 0 for padding.
         labels: int64 ``(B, T)``: the model's labels, -100 where nothing is predicted.
         expert_labels: int64 ``(B,)`` or ``(B, T)``: the expert a decision should name, -1 for none.
+        lag: How many places before its label a decision stands: 1 where token ``t`` predicts token ``t + 1``.
     """
 
     task_ids: torch.Tensor | None = None
@@ -34,20 +35,28 @@ class RoutingContext:
     attention_mask: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     expert_labels: torch.Tensor | None = None
+    lag: int = 0
 
-    def with_inputs(self, attention_mask: torch.Tensor | None, labels: torch.Tensor | None) -> RoutingContext:
+    def with_inputs(
+        self, attention_mask: torch.Tensor | None, labels: torch.Tensor | None, *, lag: int = 0
+    ) -> RoutingContext:
         """Fill in what the model's own inputs tell, where nobody said otherwise."""
         mask = attention_mask if self.attention_mask is None else self.attention_mask
-        return replace(self, attention_mask=mask, labels=labels if self.labels is None else self.labels)
+        return replace(self, attention_mask=mask, labels=labels if self.labels is None else self.labels, lag=lag)
+
+    def of_encoder(self) -> RoutingContext:
+        """The context for an encoder: labels per token are the decoder's; a row's expert is the one they agree on."""
+        labels = self.expert_labels
+        return replace(self, labels=None, expert_labels=labels if labels is None or labels.dim() == 1 else agreed(labels))
 
     def real(self, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
-        """bool ``(B, T)``: the last ``tokens`` positions, False for padding."""
+        """Bool ``(B, T)``: the last ``tokens`` positions, False for padding."""
         if self.attention_mask is None or self.attention_mask.dim() != 2:
             return torch.ones(rows, tokens, dtype=torch.bool, device=device)
         return repeat_rows(self.attention_mask, rows)[:, -tokens:].to(device).bool()
 
     def prompt(self, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
-        """bool ``(B, T)``: tokens that a sequence-level gate may read.
+        """Bool ``(B, T)``: tokens that a sequence-level gate may read.
 
         Raises:
             IncompatibleError: A row has none: pooling over its response would leak the answer.
@@ -69,17 +78,25 @@ class RoutingContext:
         return mask
 
     def response(self, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
-        """bool ``(B, T)``: tokens with a label; all real tokens where there are no labels of this length."""
+        """Bool ``(B, T)``: tokens that predict a label; all real tokens where there are no labels of this length."""
         real = self.real(rows, tokens, device)
         if self.labels is None or self.labels.dim() != 2 or self.labels.shape[1] != tokens:
             return real
-        return real & (repeat_rows(self.labels, rows).to(device) != -100)
+        labelled = repeat_rows(self.labels, rows).to(device) != -100
+        return real & torch.nn.functional.pad(labelled[:, self.lag :], (0, self.lag))
 
 
 def _columns(mask_BT: torch.Tensor, tokens: int) -> torch.Tensor:
     """The mask for ``tokens`` columns: tokens that were added behind it are no prompt."""
     missing = tokens - mask_BT.shape[1]
     return torch.nn.functional.pad(mask_BT, (0, missing)) if missing > 0 else mask_BT[:, :tokens]
+
+
+def agreed(labels_BT: torch.Tensor) -> torch.Tensor:
+    """The label of a row whose labelled tokens agree; -1 where they do not or there are none."""
+    highest = labels_BT.amax(1)
+    lowest = torch.where(labels_BT < 0, highest[:, None], labels_BT).amin(1)
+    return torch.where(lowest == highest, highest, -1)
 
 
 def repeat_rows(values: torch.Tensor, rows: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from compose.kernels.stack import LoraStack
-from compose.routers.context import RoutingContext, repeat_rows
+from compose.routers.context import RoutingContext, agreed, repeat_rows
 from compose.routers.routing import Decisions, Routing
 from compose.routers.sites import Site
 
@@ -104,16 +104,9 @@ def _rows(lead: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 def _labels(labels: torch.Tensor | None, lead: tuple[int, ...], device: torch.device) -> torch.Tensor:
     if labels is None or labels.dim() == 1 or len(lead) != 2:
-        per_row = labels if labels is None or labels.dim() == 1 else _single(labels)
+        per_row = labels if labels is None or labels.dim() == 1 else agreed(labels)
         return _per_line(per_row, lead, device)
     rows = repeat_rows(labels, lead[0]).to(device)
     if rows.shape[1] != lead[1]:
-        return _per_line(_single(labels), lead, device)
+        return _per_line(agreed(labels), lead, device)
     return rows.reshape(-1)
-
-
-def _single(labels_BT: torch.Tensor) -> torch.Tensor:
-    """The label of a row whose labelled tokens agree; -1 where they do not or there are none."""
-    highest = labels_BT.amax(1)
-    lowest = torch.where(labels_BT < 0, highest[:, None], labels_BT).amin(1)
-    return torch.where(lowest == highest, highest, -1)

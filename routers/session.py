@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -115,6 +116,7 @@ class RoutingSession:
         self._restore: Callable[[], None] | None = None
         self._routings: dict[str, Routing] = {}
         self._records: list[Decisions] | None = None
+        self._pending: list[Callable[[], Decisions]] = []
         self._keeps_inputs = False
         self._hooks: list[RemovableHandle] = []
         self._top: dict[str, torch.Tensor | None] = {}
@@ -174,11 +176,13 @@ class RoutingSession:
         What gradient checkpointing computes again in ``backward`` is outside of the block and not collected twice. A
         block inside another hands on to it what it collected.
         """
+        self._settle()
         before = self._records, self._keeps_inputs
         self._records, self._keeps_inputs = [], inputs
         try:
             yield self._records
         finally:
+            self._settle()
             if before[0] is not None:
                 before[0].extend(self._records)
             self._records, self._keeps_inputs = before
@@ -202,6 +206,13 @@ class RoutingSession:
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._top = {}
+        self._settle()
+
+    def _settle(self) -> None:
+        """Flatten what was decided, outside of layers: checkpointed ones would not do it again in ``backward``."""
+        if self._records is not None:
+            self._records.extend(flatten() for flatten in self._pending)
+        self._pending.clear()
 
     def _before_body(self, path: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
         def hook(
@@ -213,7 +224,7 @@ class RoutingSession:
             body.past = past_length(kwargs.get("past_key_values"))
             body.encoder = kwargs.get("encoder_hidden_states") if body.decodes else None
             body.encoder_mask = kwargs.get("encoder_attention_mask") if body.decodes else None
-            body.context = self.context.with_inputs(self._mask(body, kwargs), self._labels(body))
+            body.context = self._context(body, kwargs)
             if self.router.spec.gate_input not in BASE_INPUTS:
                 return None
             names = [name for name, site in self.router.layout.items() if site.body == path]
@@ -257,6 +268,14 @@ class RoutingSession:
         with tapped(self.attached.layers[self._tap]) as inputs:
             base_pass(self.attached, module, args, kwargs, cached=False)
         return _pooled(self.router.spec.pooling, inputs[-1], body)
+
+    def _context(self, body: _Body, kwargs: dict[str, Any]) -> RoutingContext:
+        """What was said, completed by the model's inputs."""
+        model = self.attached.model
+        of_two = bool(getattr(model.config, "is_encoder_decoder", False))
+        mask, labels = self._mask(body, kwargs), self._labels(body)
+        context = self.context.with_inputs(mask, labels, lag=0 if of_two else 1)
+        return context.of_encoder() if of_two and not body.decodes else context
 
     def _mask(self, body: _Body, kwargs: dict[str, Any]) -> torch.Tensor | None:
         mask = self._top.get("decoder_attention_mask" if body.decodes else "attention_mask")
@@ -341,7 +360,9 @@ class RoutingSession:
         if keep:
             self._routings[name] = routing
         if self._records is not None and not self.router.site(name).constant:
-            self._records.append(self._decisions(site, body, routing, hidden, stack))
+            inputs = (hidden, stack) if self._keeps_inputs and stack is not None else None
+            available_E = self.router.site(name).available_E
+            self._pending.append(partial(decisions_of, site, routing, body.context, available_E, hidden, inputs))
         return routing
 
     def _seen(self, site: Site, body: _Body, hidden: torch.Tensor | None, stack: LoraStack | None) -> Seen:
@@ -354,13 +375,6 @@ class RoutingSession:
             x = _pooled(spec.pooling, hidden, body)
         ids = _row_ids(spec.gate_input, context, rows)
         return Seen(x, ids, text, stack, context, self.training, self._prompts.get(site.body))
-
-    def _decisions(
-        self, site: Site, body: _Body, routing: Routing, hidden: torch.Tensor | None, stack: LoraStack | None
-    ) -> Decisions:
-        available_E = self.router.site(site.name).available_E
-        inputs = (hidden, stack) if self._keeps_inputs and stack is not None else None
-        return decisions_of(site, routing, body.context, available_E, hidden, inputs)
 
 
 def _pooled(how: str, hidden: torch.Tensor | None, body: _Body) -> torch.Tensor:
