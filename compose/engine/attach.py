@@ -108,6 +108,11 @@ class AttachedModel:
         return next(iter(self.layers.values())).a_RD.device
 
     @property
+    def backend(self) -> str:
+        """Name of the kernel backend."""
+        return self._state.backend
+
+    @property
     def active(self) -> Selection | None:
         """What is in force now."""
         return self._state.active
