@@ -246,7 +246,7 @@ def test_gradients_are_those_of_finite_differences(name, options, decisions):
     ]
     if name == "sparsity_interval":
         leaves[0] = leaves[0].detach()  # scores carry no gradient there, by definition
-    assert torch.autograd.gradcheck(of, leaves)
+    assert torch.autograd.gradcheck(of, leaves, fast_mode=True)
 
 
 @every_loss
@@ -292,3 +292,18 @@ def test_losses_of_extras_name_the_component_that_gives_them(decisions):
         LOSSES["shifted_lb"]()(given, alone)
     with pytest.raises(IncompatibleError, match="normalisation 'sparsegen'"):
         LOSSES["sparsity_interval"]()(given, alone)
+
+
+@every_loss
+def test_padding_stays_out_even_if_it_is_said_to_be_response(name, options, decisions):
+    given = decisions(scores(), real_N=torch.arange(12) % 4 != 2)
+    expected = LOSSES[name](**options, over="real")(given, alone)
+    assert_close(LOSSES[name](**options, over="response")(given, alone), expected)
+
+
+@every_loss
+def test_gates_of_experts_beside_the_router_do_not_count(name, options, decisions):
+    given = decisions(scores())
+    gates = given.gates_NE.clone()
+    gates[:, 2] = 1.0  # expert 2 is not the router's: always on
+    assert_close(LOSSES[name](**options)(given._replace(gates_NE=gates), alone), LOSSES[name](**options)(given, alone))
