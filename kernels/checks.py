@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from compose.errors import BackendUnavailableError, IncompatibleError, UnknownNameError
+from compose.kernels.slices import SlicedStack
 from compose.kernels.stack import LoraStack
 
 
@@ -20,13 +21,16 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def check_operands(op: str, x: torch.Tensor, stack: LoraStack, base: torch.Tensor | None) -> None:
+def check_operands(op: str, x: torch.Tensor, stack: LoraStack | SlicedStack, base: torch.Tensor | None) -> None:
     """Refuse operands whose shapes, dtypes or devices do not fit together.
 
     Raises:
         IncompatibleError: Names the op, what was given and what is allowed.
     """
-    a, b = stack.a_RD, stack.b_RO
+    if isinstance(stack, SlicedStack):
+        a, b, scaling, out = stack.a_RD, stack.b_flat, stack.scaling_SE, stack.out_features
+    else:
+        a, b, scaling, out = stack.a_RD, stack.b_RO, stack.scaling_E, stack.b_RO.shape[1]
     if x.dim() not in (2, 3) or x.shape[-1] != a.shape[1]:
         raise IncompatibleError(
             f"{op}: x must be (B, {a.shape[1]}) or (B, T, {a.shape[1]}) for this stack, got {tuple(x.shape)}"
@@ -35,13 +39,13 @@ def check_operands(op: str, x: torch.Tensor, stack: LoraStack, base: torch.Tenso
         raise IncompatibleError(
             f"{op}: x and both factors need one dtype, got {x.dtype}, {a.dtype}, {b.dtype}; cast one of them"
         )
-    if not x.device == a.device == b.device == stack.scaling_E.device:
+    if not x.device == a.device == b.device == scaling.device:
         raise IncompatibleError(
-            f"{op}: x is on {x.device}, the stack on {a.device}, {b.device} and {stack.scaling_E.device}; move one"
+            f"{op}: x is on {x.device}, the stack on {a.device}, {b.device} and {scaling.device}; move one"
         )
     if base is None:
         return
-    expected = (*x.shape[:-1], b.shape[1])
+    expected = (*x.shape[:-1], out)
     if base.shape != expected or base.dtype != x.dtype or base.device != x.device:
         raise IncompatibleError(
             f"{op}: base must be {expected} {x.dtype} on {x.device}, "
@@ -81,7 +85,9 @@ def _log_once(op: str, backend: str, reason: str) -> None:
     logging.getLogger("compose.kernels").info("%s: backend %r is not used: %s", op, backend, reason)
 
 
-def resolve_backend(op: str, name: str, table: dict[str, ModuleType], x: torch.Tensor, stack: LoraStack) -> ModuleType:
+def resolve_backend(
+    op: str, name: str, table: dict[str, ModuleType], x: torch.Tensor, stack: LoraStack | SlicedStack
+) -> ModuleType:
     """The backend module called ``name``; ``"auto"`` takes the first of ``table`` that supports the operands.
 
     Raises:

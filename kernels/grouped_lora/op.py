@@ -13,6 +13,7 @@ from compose.errors import IncompatibleError
 from compose.kernels.checks import autocast_dtype, check_id_range, check_operands, check_precision, resolve_backend
 from compose.kernels.grouped_lora import cpu, reference, triton
 from compose.kernels.grouped_lora.plan import GroupPlan, check_ids, plan_groups
+from compose.kernels.slices import SlicedStack, slice_by_slice
 from compose.kernels.stack import LoraStack
 
 __all__ = ["BACKENDS", "GroupPlan", "grouped_lora", "plan_groups"]
@@ -22,7 +23,7 @@ BACKENDS = {"triton": triton, "cpu": cpu, "reference": reference}
 
 def grouped_lora(
     x: torch.Tensor,
-    stack: LoraStack,
+    stack: LoraStack | SlicedStack,
     ids: torch.Tensor,
     *,
     base: torch.Tensor | None = None,
@@ -30,6 +31,7 @@ def grouped_lora(
     backend: str = "auto",
     reuse_base: bool = False,
     input_precision: Literal["ieee", "tf32"] = "ieee",
+    batch_invariant: bool = True,
 ) -> torch.Tensor:
     """Return ``y = base + s_e B_e A_e x`` with ``e`` the id of each row or token.
 
@@ -38,7 +40,8 @@ def grouped_lora(
 
     Args:
         x: ``(B, D)`` or ``(B, T, D)``, in the stack's dtype.
-        stack: Adapters of this target; ranks may differ and be 0.
+        stack: Adapters of this target; ranks may differ and be 0. Of several targets with one input (`SlicedStack`):
+            ``O`` is the width of all their outputs side by side.
         ids: int64 ``(B,)``, or ``(B, T)`` with ``x (B, T, D)``; -1 = no adapter.
         base: ``(B, O)`` or ``(B, T, O)``, the frozen layer's output. None: the update alone.
         plan: ``plan_groups(ids)``, made once and passed to every layer; without it each call makes its own. The Triton
@@ -48,6 +51,9 @@ def grouped_lora(
         reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that
             own it. By default ``base`` is never written to and the result is new memory.
         input_precision: Of float32 products under Triton: ``"ieee"``, or ``"tf32"`` (about three decimal digits).
+        batch_invariant: Under Triton an example has the same bits in every batch: a row of ``x (B, D)``, or a row of
+            ``x (B, T, D)`` with its tokens. False: more than 512 rows may share larger blocks, which is faster where
+            thousands of rows are tokens rather than examples.
 
     Raises:
         IncompatibleError: Shapes, dtypes or devices do not fit, or an id is out of range. While ``torch.compile``
@@ -76,5 +82,10 @@ def grouped_lora(
         check_id_range("grouped_lora", plan.lowest, plan.highest, stack.num_adapters)
     if module is triton:
         check_precision("grouped_lora", input_precision)
-        return triton.forward(x, stack, ids, base=base, plan=plan, reuse_base=reuse_base, precision=input_precision)
+        return triton.forward(
+            x, stack, ids, base=base, plan=plan, reuse_base=reuse_base, precision=input_precision,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
+    if isinstance(stack, SlicedStack):
+        return slice_by_slice(stack, base, lambda one, part: module.forward(x, one, ids, base=part, plan=plan))
     return module.forward(x, stack, ids, base=base, plan=plan, reuse_base=reuse_base)

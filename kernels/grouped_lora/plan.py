@@ -31,7 +31,7 @@ class GroupPlan:
         gathered: Per stack, factors a backend gathered for these ids; held as long as plan and stack live.
         layouts: Index tensors a backend made for these ids, by the stack's ranks: shared by all stacks of these ranks,
             and only those of the last number of tokens.
-        tables: Tokens sorted by adapter on the device, by the number of adapters (Triton).
+        tables: Tokens sorted by adapter on the device, by the number of adapters and tokens per tile (Triton).
     """
 
     ids: torch.Tensor
@@ -43,7 +43,7 @@ class GroupPlan:
     highest: int
     gathered: WeakKeyDictionary[LoraStack, Any] = field(default_factory=WeakKeyDictionary, repr=False)
     layouts: dict[Any, Any] = field(default_factory=dict, repr=False)
-    tables: dict[int, Any] = field(default_factory=dict, repr=False)
+    tables: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
 
     @property
     def single(self) -> int | None:

@@ -14,6 +14,7 @@ from compose.errors import BackendUnavailableError, IncompatibleError, UnknownNa
 from compose.kernels.checks import autocast_dtype, check_id_range, check_operands, check_precision, resolve_backend
 from compose.kernels.mixture_lora import cpu, reference, triton
 from compose.kernels.mixture_lora.plan import MixturePlan
+from compose.kernels.slices import SlicedStack, slice_by_slice
 from compose.kernels.stack import LoraStack
 
 __all__ = ["BACKENDS", "MixturePlan", "mixture_lora"]
@@ -25,7 +26,7 @@ Combine = Literal["outputs", "parameters"]
 
 def mixture_lora(  # noqa: PLR0913 - one parameter per part of the formula
     x: torch.Tensor,
-    stack: LoraStack,
+    stack: LoraStack | SlicedStack,
     gates: torch.Tensor,
     indices: torch.Tensor | None = None,
     *,
@@ -35,6 +36,7 @@ def mixture_lora(  # noqa: PLR0913 - one parameter per part of the formula
     backend: str = "auto",
     reuse_base: bool = False,
     input_precision: Literal["ieee", "tf32"] = "ieee",
+    batch_invariant: bool = True,
 ) -> torch.Tensor:
     """Return ``base`` plus a gated mixture of adapters.
 
@@ -47,7 +49,8 @@ def mixture_lora(  # noqa: PLR0913 - one parameter per part of the formula
 
     Args:
         x: ``(B, D)`` or ``(B, T, D)``, in the stack's dtype.
-        stack: Adapters of this target; ranks may differ and be 0.
+        stack: Adapters of this target; ranks may differ and be 0. Of several targets with one input (`SlicedStack`):
+            ``O`` is the width of all their outputs side by side.
         gates: ``(E,)``, ``(B, E)`` or, with ``x (B, T, D)``, ``(B, T, E)``; any float dtype, any sign.
         indices: int64 of the same shape as ``gates``, whose last dimension is then ``K``: the adapters the gates
             belong to. An adapter named twice counts twice; -1 contributes nothing.
@@ -59,6 +62,9 @@ def mixture_lora(  # noqa: PLR0913 - one parameter per part of the formula
         reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that
             own it. By default ``base`` is never written to and the result is new memory.
         input_precision: Of float32 products under Triton: ``"ieee"``, or ``"tf32"`` (about three decimal digits).
+        batch_invariant: Under Triton an example has the same bits in every batch: a row of ``x (B, D)``, or a row of
+            ``x (B, T, D)`` with its tokens. False: more than 512 rows may share larger blocks, which is faster where
+            thousands of rows are tokens rather than examples.
 
     Raises:
         IncompatibleError: Shapes, dtypes or devices do not fit, or an index is out of range (checked on CPU tensors
@@ -78,7 +84,14 @@ def mixture_lora(  # noqa: PLR0913 - one parameter per part of the formula
     if module is triton:
         check_precision("mixture_lora", input_precision)
         return triton.forward(
-            x, stack, gates, indices, base=base, plan=plan, reuse_base=reuse_base, precision=input_precision
+            x, stack, gates, indices, base=base, plan=plan, reuse_base=reuse_base, precision=input_precision,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
+    if isinstance(stack, SlicedStack):
+        return slice_by_slice(
+            stack,
+            base,
+            lambda one, part: module.forward(x, one, gates, indices, base=part, combine=combine, plan=plan),
         )
     return module.forward(x, stack, gates, indices, base=base, combine=combine, plan=plan, reuse_base=reuse_base)
 
@@ -92,7 +105,9 @@ def _of_parameters(backend: str) -> dict[str, ModuleType]:
     return {name: module for name, module in BACKENDS.items() if module is not triton}
 
 
-def _check_gates(x: torch.Tensor, stack: LoraStack, gates: torch.Tensor, indices: torch.Tensor | None) -> None:
+def _check_gates(
+    x: torch.Tensor, stack: LoraStack | SlicedStack, gates: torch.Tensor, indices: torch.Tensor | None
+) -> None:
     """Refuse gates or indices that do not fit ``x`` and the stack."""
     dims = gates.dim()
     if not 1 <= dims <= x.dim() or (dims > 1 and gates.shape[:-1] != x.shape[: dims - 1]):

@@ -55,9 +55,9 @@ class MixturePlan:
 
     kept: WeakKeyDictionary[LoraStack, _Kept] = field(default_factory=WeakKeyDictionary, repr=False)
     lines: dict[tuple[int, ...], tuple[int, Lines]] = field(default_factory=dict, repr=False)
-    tables: dict[int, dict[int, Any]] = field(default_factory=dict, repr=False)
+    tables: dict[int, dict[tuple[int, int], Any]] = field(default_factory=dict, repr=False)
 
-    def sorted_tables(self, indices: torch.Tensor) -> dict[int, Any] | None:
+    def sorted_tables(self, indices: torch.Tensor) -> dict[tuple[int, int], Any] | None:
         """Where tables of these indices are kept; None where writes to them would go unnoticed."""
         if indices.is_inference() or captured(indices) or torch.compiler.is_compiling():
             return None

@@ -7,6 +7,7 @@ import torch
 from compose.kernels.mixture_lora.plan import MixturePlan
 from compose.kernels.packed.front import forward as packed_forward
 from compose.kernels.packed.front import supports
+from compose.kernels.slices import SlicedStack
 from compose.kernels.stack import LoraStack
 
 __all__ = ["forward", "supports"]
@@ -14,7 +15,7 @@ __all__ = ["forward", "supports"]
 
 def forward(
     x: torch.Tensor,
-    stack: LoraStack,
+    stack: LoraStack | SlicedStack,
     gates: torch.Tensor,
     indices: torch.Tensor | None,
     *,
@@ -22,6 +23,7 @@ def forward(
     plan: MixturePlan | None = None,
     reuse_base: bool = False,
     precision: str = "ieee",
+    batch_invariant: bool = True,
 ) -> torch.Tensor:
     """See ``op.mixture_lora``. Nothing is read on the host; indices outside the stack count as none."""
     width = gates.shape[-1]
@@ -35,5 +37,6 @@ def forward(
         base=base,
         reuse_base=reuse_base,
         precision=precision,
+        batch_invariant=batch_invariant,
         tables=tables,
     )

@@ -1,6 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Dense kernels: every token meets every rank row of the stack, and coefficients (0 for most, perhaps) choose.
 
+``SLICES`` above 1: several outputs side by side, see ``slices.py``.
+
 Letters: ``M`` tokens, ``R`` rank rows of all adapters, ``D`` input and ``O`` output width, ``C`` splits.
 """
 
@@ -10,17 +12,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from compose.kernels.packed.slices import slice_field, slice_of
+
 
 @triton.jit
 def _coefficients(
     tokens, rows, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr, num_adapters, tokens_per_entry,
-    K: tl.constexpr, SPARSE: tl.constexpr, HAS_GATES: tl.constexpr,
+    K: tl.constexpr, SPARSE: tl.constexpr, HAS_GATES: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """``c[t, j] = gate of the adapter that owns row j, at token t, times its scaling``; float32."""
     valid = rows < num_rows
     there = tokens < num_tokens
     adapter = tl.load(adapter_ptr + rows, mask=valid, other=0)
     scaling = tl.load(scaling_ptr + adapter, mask=valid, other=0.0)
+    if SLICES > 1:
+        adapter = adapter % num_adapters
     entry = tokens // tokens_per_entry
     if SPARSE:
         gate = tl.zeros((tokens.shape[0], rows.shape[0]), tl.float32)
@@ -44,11 +50,14 @@ def dense_shrink_kernel(
     num_tokens, width, num_rows, num_adapters, tokens_per_entry,
     K: tl.constexpr, SPARSE: tl.constexpr, HAS_GATES: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
     BK: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, PLANES: tl.constexpr, SAVE: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``h = x wᵀ`` and ``z = c h``, or, with ``PLANES``, one part of ``h`` per split, in float32."""
-    tokens = tl.program_id(0) * BM + tl.arange(0, BM)
-    rows = tl.program_id(1) * BR + tl.arange(0, BR)
+    """``h = x wᵀ`` and ``z = c h``, or, with ``PLANES``, one part of ``h`` per split, in float32.
+
+    Blocks of rows are neighbours in the grid: they run together, and one of them reads ``x`` for all.
+    """
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     split = tl.program_id(2)
     if PDL:
         gdc_wait()
@@ -76,29 +85,32 @@ def dense_shrink_kernel(
         if SAVE:
             tl.store(h_ptr + place, total.to(h_ptr.dtype.element_ty), mask=mask)
         c = _coefficients(tokens, rows, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
-                          num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES)  # fmt: skip
+                          num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES, SLICES)  # fmt: skip
         tl.store(z_ptr + place, (total * c).to(z_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_adapters", "tokens_per_entry"])
 def dense_expand_planes_kernel(
-    h_ptr, saved_ptr, w_ptr, base_ptr, y_ptr, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
-    num_tokens, width, num_rows, num_adapters, tokens_per_entry,
+    h_ptr, saved_ptr, w_ptr, base_ptr, y_ptr, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr, layout_ptr,
+    num_tokens, y_width, num_rows, num_adapters, tokens_per_entry,
     K: tl.constexpr, SPARSE: tl.constexpr, HAS_GATES: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
     BN: tl.constexpr, C: tl.constexpr, HAS_BASE: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SLICES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``y = base + (c h) w`` where ``h`` is the sum of ``C`` planes; what does not depend on ``h`` is read early."""
     tokens = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    number, n0, width, y_offset, w_offset = slice_of(tl.program_id(1), layout_ptr, y_width, BN, SLICES, ALIGNED)
+    first_row = slice_field(layout_ptr, number, 0, 5, SLICES)
+    last_row = slice_field(layout_ptr, number, num_rows, 6, SLICES)
+    n = n0 + tl.arange(0, BN)
     there = tokens < num_tokens
     inside = n < width
-    rows = tl.arange(0, BR)
-    w_place = w_ptr + rows[:, None].to(tl.int64) * width + n[None, :]
-    w = tl.load(w_place, mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0)
-    c = _coefficients(tokens, rows, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
-                      num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES)  # fmt: skip
-    y_place = tokens[:, None].to(tl.int64) * width + n[None, :]
+    rows = first_row + tl.arange(0, BR)
+    w_place = w_ptr + w_offset + rows[:, None].to(tl.int64) * width + n[None, :]
+    w = tl.load(w_place, mask=(rows < last_row)[:, None] & inside[None, :], other=0.0)
+    c = _coefficients(tokens, rows, num_tokens, last_row, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
+                      num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES, SLICES)  # fmt: skip
+    y_place = tokens[:, None].to(tl.int64) * y_width + y_offset + n[None, :]
     y_mask = there[:, None] & inside[None, :]
     if HAS_BASE:
         y = tl.load(base_ptr + y_place, mask=y_mask, other=0.0)
@@ -106,12 +118,12 @@ def dense_expand_planes_kernel(
         gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros((BM, BN), tl.float32)
-    for r0 in tl.range(0, num_rows, BR, num_stages=1):
-        valid = r0 + rows < num_rows
+    for r0 in tl.range(0, last_row - first_row, BR, num_stages=1):
+        valid = r0 + rows < last_row
         if r0 > 0:
             w = tl.load(w_place + r0 * width, mask=valid[:, None] & inside[None, :], other=0.0)
-            c = _coefficients(tokens, r0 + rows, num_tokens, num_rows, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
-                              num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES)  # fmt: skip
+            c = _coefficients(tokens, r0 + rows, num_tokens, last_row, ids_ptr, gates_ptr, scaling_ptr, adapter_ptr,
+                              num_adapters, tokens_per_entry, K, SPARSE, HAS_GATES, SLICES)  # fmt: skip
         place = tokens[:, None].to(tl.int64) * num_rows + (r0 + rows)[None, :]
         mask = there[:, None] & valid[None, :]
         if SPARSE and not SAVE:
@@ -120,8 +132,7 @@ def dense_expand_planes_kernel(
         for split in tl.static_range(C):
             h += tl.load(h_ptr + split * num_tokens.to(tl.int64) * num_rows + place, mask=mask, other=0.0)
         if SAVE:
-            first = tl.program_id(1) == 0
-            tl.store(saved_ptr + place, h.to(saved_ptr.dtype.element_ty), mask=mask & first)
+            tl.store(saved_ptr + place, h.to(saved_ptr.dtype.element_ty), mask=mask & (n0 == 0))
         total = tl.dot((h * c).to(w.dtype), w, total, input_precision=PRECISION)
     if HAS_BASE:
         total += y.to(tl.float32)
@@ -130,36 +141,40 @@ def dense_expand_planes_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def dense_expand_kernel(
-    z_ptr, w_ptr, base_ptr, y_ptr, num_tokens, width, num_rows,
+    z_ptr, w_ptr, base_ptr, y_ptr, layout_ptr, num_tokens, y_width, num_rows,
     BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HAS_BASE: tl.constexpr,
-    RESIDENT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    RESIDENT: tl.constexpr, EVEN: tl.constexpr, SLICES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """``y = base + z w`` for ``BN`` columns and every ``num_programs(1)``-th tile of tokens.
 
     ``RESIDENT``: all rank rows fit one block, so ``w`` is read once, before ``z`` is there.
     """
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    number, n0, width, y_offset, w_offset = slice_of(tl.program_id(0), layout_ptr, y_width, BN, SLICES, ALIGNED)
+    first_row = slice_field(layout_ptr, number, 0, 5, SLICES)
+    rows = slice_field(layout_ptr, number, num_rows, 6, SLICES) - first_row
+    n = n0 + tl.arange(0, BN)
     inside = n < width
     j = tl.arange(0, BR)
-    w_place = w_ptr + j[:, None].to(tl.int64) * width + n[None, :]
+    w_place = w_ptr + w_offset + (first_row + j)[:, None].to(tl.int64) * width + n[None, :]
     if RESIDENT:
-        w = tl.load(w_place, mask=(j < num_rows)[:, None] & inside[None, :], other=0.0)
+        w = tl.load(w_place, mask=(j < rows)[:, None] & inside[None, :], other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     for t0 in tl.range(tl.program_id(1) * BM, num_tokens, tl.num_programs(1) * BM, num_stages=STAGES):
         tokens = t0 + tl.arange(0, BM)
         there = tokens < num_tokens
-        z_place = z_ptr + tokens[:, None].to(tl.int64) * num_rows + j[None, :]
-        y_place = tokens[:, None].to(tl.int64) * width + n[None, :]
+        z_place = z_ptr + tokens[:, None].to(tl.int64) * num_rows + (first_row + j)[None, :]
+        y_place = tokens[:, None].to(tl.int64) * y_width + y_offset + n[None, :]
         mask = there[:, None] if EVEN else there[:, None] & inside[None, :]
         if RESIDENT:
-            z = tl.load(z_place, mask=there[:, None] & (j < num_rows)[None, :], other=0.0)
+            z = tl.load(z_place, mask=there[:, None] & (j < rows)[None, :], other=0.0)
             total = tl.dot(z, w, input_precision=PRECISION)
         else:
             total = tl.zeros((BM, BN), tl.float32)
-            for r0 in range(0, num_rows, BR):
-                valid = r0 + j < num_rows
+            for r0 in range(0, rows, BR):
+                valid = r0 + j < rows
                 z = tl.load(z_place + r0, mask=there[:, None] & valid[None, :], other=0.0)
                 w = tl.load(w_place + r0 * width, mask=valid[:, None] & inside[None, :], other=0.0)
                 total = tl.dot(z, w, total, input_precision=PRECISION)

@@ -6,6 +6,7 @@ With ``h = x firstᵀ``, ``z = c h`` and ``dz = dy secondᵀ`` per rank row: ``d
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,8 @@ def backward(
     packed: Packed,
     route: Route,
     wanted: Wanted,
+    *,
+    onto: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Return the five gradients of `Wanted`, empty ones where none is wanted.
 
@@ -48,12 +51,13 @@ def backward(
         packed: Of the stack.
         route: Coefficients.
         wanted: What to compute.
+        onto: ``(M, D)``: the gradient of ``x`` is added to it, in place.
     """
     grads = [dy.new_empty(0) for _ in wanted]
     gating = wanted.scaling or wanted.gates
-    side = _Dense(packed, route, dy) if route.shape == "dense" else _Pairs(packed, route, dy)
+    side = _Dense(packed, route) if route.shape == "dense" else _Pairs(packed, route)
     if wanted.x or wanted.first or gating:
-        grads[0], back = low_rank(dy, second, first, packed, route, None, want_h=gating, want_z=wanted.first)
+        grads[0], back = low_rank(dy, second, first, packed, route, onto, want_h=gating, want_z=wanted.first, out=onto)
     if wanted.first and x is not None:
         grads[1] = side.factor(back, x, first)
     if wanted.second:
@@ -69,10 +73,14 @@ def backward(
 class _Dense:
     """Gradients where ``h`` is ``(M, R)``."""
 
-    def __init__(self, packed: Packed, route: Route, dy: torch.Tensor) -> None:
+    def __init__(self, packed: Packed, route: Route) -> None:
         self.packed, self.route = packed, route
-        self.gates_NE = _dense_gates(packed, route, dy)
         self.tokens = route.tokens_per_entry
+
+    @cached_property
+    def gates(self) -> torch.Tensor:
+        """``(N, E)`` float32."""
+        return _dense_gates(self.packed, self.route)
 
     def factor(self, saved: Saved, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``zᵀ x``."""
@@ -80,7 +88,7 @@ class _Dense:
             z = saved.z
         else:
             h = _there(saved.h)
-            c_NR = (self.gates_NE * self.packed.scaling_E).index_select(1, self.packed.adapter_R)
+            c_NR = (self.gates * self.packed.scaling_E).index_select(1, self.packed.adapter_R)
             z = (h.view(-1, self.tokens, h.shape[1]) * c_NR[:, None]).to(x.dtype).view_as(h)
         return torch.mm(z.t(), x).to(weight.dtype)
 
@@ -89,9 +97,13 @@ class _Dense:
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Gradients of scaling and gates."""
         num_adapters = self.packed.scaling_E.shape[0]
+        gates = self.route.gates
+        if self.route.ids is None and gates is not None and self.tokens == 1 and not scaling:
+            own = {"scaling_E": self.packed.scaling_E, "dtype": gates.dtype}
+            return None, row_sums(h, dz, self.packed.adapter_R, num_adapters, **own)
         sums_ME = row_sums(h, dz, self.packed.adapter_R, num_adapters)
         sums_NE = sums_ME if self.tokens == 1 else sums_ME.view(-1, self.tokens, num_adapters).sum(1)
-        dscaling = (self.gates_NE * sums_NE).sum(0) if scaling else None
+        dscaling = (self.gates * sums_NE).sum(0) if scaling else None
         dgates = sums_NE * self.packed.scaling_E
         if self.route.ids is not None:
             known = (self.route.ids >= 0) & (self.route.ids < num_adapters)
@@ -102,7 +114,7 @@ class _Dense:
 class _Pairs:
     """Gradients where ``h`` is ``(M K, Rmax)``: a line per token and slot."""
 
-    def __init__(self, packed: Packed, route: Route, dy: torch.Tensor) -> None:
+    def __init__(self, packed: Packed, route: Route) -> None:
         self.packed, self.route, self.slots = packed, route, route.slots
         assert route.ids is not None  # noqa: S101 - rows and tiles have ids
         self.known_NK = (route.ids >= 0) & (route.ids < packed.scaling_E.shape[0])
@@ -155,7 +167,7 @@ def _there(tensor: torch.Tensor | None) -> torch.Tensor:
     return tensor
 
 
-def _dense_gates(packed: Packed, route: Route, dy: torch.Tensor) -> torch.Tensor:
+def _dense_gates(packed: Packed, route: Route) -> torch.Tensor:
     """``(N, E)`` float32."""
     if route.ids is None:
         assert route.gates is not None  # noqa: S101 - one of the two is given
@@ -163,7 +175,7 @@ def _dense_gates(packed: Packed, route: Route, dy: torch.Tensor) -> torch.Tensor
     num_adapters = packed.scaling_E.shape[0]
     places = torch.where((route.ids < 0) | (route.ids >= num_adapters), num_adapters, route.ids)
     gates = torch.ones_like(places, dtype=torch.float32) if route.gates is None else route.gates.float()
-    dense = dy.new_zeros(len(places), num_adapters + 1, dtype=torch.float32)
+    dense = gates.new_zeros(len(places), num_adapters + 1)
     for slot in range(places.shape[1]):  # one index per line and turn, so no two writes meet
         dense.scatter_add_(1, places[:, slot : slot + 1], gates[:, slot : slot + 1])
     return dense[:, :num_adapters]

@@ -13,6 +13,7 @@ import torch
 
 from compose.kernels.packed import gradients
 from compose.kernels.packed.launch import Packed, Route, Saved, low_rank, saved_like
+from compose.kernels.packed.sliced_op import sliced_lora
 from compose.kernels.packed.table import TileTable, empty_table, tile_table
 
 
@@ -33,7 +34,7 @@ def packed_lora(
     Args:
         x: ``(M, D)`` contiguous.
         first: ``(R, D)`` contiguous.
-        second: ``(R, O)`` contiguous.
+        second: ``(R, O)`` contiguous, flat where there are slices.
         packed: Of the stack.
         route: Coefficients.
         base: ``(M, O)`` contiguous, or None.
@@ -46,6 +47,8 @@ def packed_lora(
     trained = grad and any(one is not None and one.requires_grad for one in (x, first, base))
     if not (tracing or want_h or want_z or trained):
         return low_rank(x, first, second, packed, route, base, out=base if reuse_base else None)[0]
+    if packed.slices is not None:
+        return sliced_lora(x, first, second, packed, route, base, want_h=want_h, want_z=want_z)
     return _packed_lora(x, first, second, base, *_flat(packed, route), want_h, want_z)[0]
 
 
@@ -71,7 +74,7 @@ def _flat(packed: Packed, route: Route) -> tuple[Any, ...]:
     table = route.table
     listed = [] if table is None else list(table.tensors)
     block = 0 if table is None else table.block
-    return (*packed, route.shape, route.ids, route.gates, route.tokens_per_entry, route.long, listed, block,
+    return (*packed[:6], route.shape, route.ids, route.gates, route.tokens_per_entry, route.long, listed, block,
             route.precision)  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Counting sort of tokens by adapter, slot by slot, in three small kernels: count, add up, place.
 
+With ``PDL`` each starts while the one before it ends; only what that one writes is read after the wait.
+
 Letters: ``M`` tokens in blocks of ``BB``, ``K`` slots, ``E`` adapters; group 0 holds tokens without an adapter, group
 ``e + 1`` those of adapter ``e``.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -20,10 +23,13 @@ def _groups(ids_ptr, tokens, slot, num_tokens, num_adapters, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_adapters", "blocks"])
 def count_kernel(ids_ptr, counts_ptr, num_tokens, num_adapters, blocks, K: tl.constexpr, BB: tl.constexpr,
-                 GP: tl.constexpr):  # fmt: skip
+                 GP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """``counts[slot, block, group]``."""
     block = tl.program_id(0)
     slot = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     tokens = block * BB + tl.arange(0, BB)
     groups = _groups(ids_ptr, tokens, slot, num_tokens, num_adapters, K)
     g = tl.arange(0, GP)
@@ -33,9 +39,13 @@ def count_kernel(ids_ptr, counts_ptr, num_tokens, num_adapters, blocks, K: tl.co
 
 
 @triton.jit(do_not_specialize=["num_adapters", "blocks"])
-def add_up_kernel(counts_ptr, bounds_ptr, num_adapters, blocks, GP: tl.constexpr, BP: tl.constexpr):
+def add_up_kernel(counts_ptr, bounds_ptr, num_adapters, blocks, GP: tl.constexpr, BP: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """Turn counts into the first place of each (block, group), and write that of each group; ``BP`` blocks at once."""
     slot = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     g = tl.arange(0, GP)
     b = tl.arange(0, BP)
     line = counts_ptr + (slot * blocks).to(tl.int64) * GP + g
@@ -57,7 +67,7 @@ def add_up_kernel(counts_ptr, bounds_ptr, num_adapters, blocks, GP: tl.constexpr
 def place_kernel(
     ids_ptr, places_ptr, bounds_ptr, order_ptr, adapter_ptr, first_ptr, last_ptr,
     num_tokens, num_adapters, blocks, max_tiles,
-    K: tl.constexpr, BB: tl.constexpr, GP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    K: tl.constexpr, BB: tl.constexpr, GP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write each token to its place (the first ``blocks`` programs) and each tile's adapter and range (the others)."""
     number = tl.program_id(0)
@@ -68,12 +78,18 @@ def place_kernel(
         groups = _groups(ids_ptr, tokens, slot, num_tokens, num_adapters, K)
         earlier = (groups[:, None] == groups[None, :]) & (local[None, :] < local[:, None])
         rank = tl.sum(earlier.to(tl.int32), axis=1)
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
         line = places_ptr + (slot * blocks + number).to(tl.int64) * GP
         place = tl.load(line + groups) + rank
         tl.store(order_ptr + slot.to(tl.int64) * num_tokens + place, tokens, mask=tokens < num_tokens)
     else:
         tile = (number - blocks) * BT + tl.arange(0, BT)
         g = tl.arange(0, GP)
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
         bound = bounds_ptr + slot * (num_adapters + 2)
         low = tl.load(bound + g, mask=g < num_adapters + 1, other=0)
         high = tl.load(bound + g + 1, mask=g < num_adapters + 1, other=0)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
 from compose.kernels.packed.sort import add_up_kernel, count_kernel, place_kernel
+from compose.kernels.packed.start import start
+from compose.kernels.packed.tuning import dependent_launch
 
 _SORT_BLOCK = 256
 
@@ -76,12 +79,16 @@ def tile_table(ids_MK: torch.Tensor, num_adapters: int, block: int) -> TileTable
     blocks, groups = triton.cdiv(tokens, _SORT_BLOCK), triton.next_power_of_2(num_adapters + 2)
     counts = torch.empty(slots, blocks, groups, dtype=torch.int32, device=ids_MK.device)
     at_once = max(1, min(64, 8192 // groups))
-    count_kernel[(blocks, slots)](ids_MK, counts, tokens, num_adapters, blocks, K=slots, BB=_SORT_BLOCK, GP=groups)
-    add_up_kernel[(slots,)](counts, table.bounds, num_adapters, blocks, GP=groups, BP=at_once)
     tile_programs = max(1, min(128, 16384 // groups))
-    place_kernel[(blocks + triton.cdiv(table.max_tiles, tile_programs), slots)](
-        ids_MK, counts, *(table.bounds, table.order, table.adapter, table.first, table.last),
-        tokens, num_adapters, blocks, table.max_tiles,
-        K=slots, BB=_SORT_BLOCK, GP=groups, BM=block, BT=tile_programs,
+    pdl = dependent_launch(ids_MK.device)
+    common: dict[str, Any] = {"GP": groups, "PDL": pdl, "warps": 4, "pdl": pdl}
+    start(count_kernel, (blocks, slots), (ids_MK, counts, tokens, num_adapters, blocks),
+          K=slots, BB=_SORT_BLOCK, **common)  # fmt: skip
+    start(add_up_kernel, (slots,), (counts, table.bounds, num_adapters, blocks), BP=at_once, **common)
+    start(
+        place_kernel, (blocks + triton.cdiv(table.max_tiles, tile_programs), slots),
+        (ids_MK, counts, table.bounds, table.order, table.adapter, table.first, table.last,
+         tokens, num_adapters, blocks, table.max_tiles),
+        K=slots, BB=_SORT_BLOCK, BM=block, BT=tile_programs, **common,
     )  # fmt: skip
     return table

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from compose.kernels.packed.slices import slice_field, slice_of
+
 
 @triton.jit
 def _sorted_tile(tile, slot, order_ptr, tile_adapter_ptr, tile_first_ptr, tile_last_ptr, num_tokens, max_tiles,
@@ -24,14 +26,25 @@ def _sorted_tile(tile, slot, order_ptr, tile_adapter_ptr, tile_first_ptr, tile_l
     return tokens, there, adapter
 
 
+@triton.jit
+def _rank_rows(adapter, r, rank, starts_ptr, rows_ptr, RM: tl.constexpr, SLICES: tl.constexpr):
+    """The rank rows behind columns ``r`` of an adapter's ``h``, of all slices, and which of them exist."""
+    if SLICES > 1:
+        row = tl.load(rows_ptr + adapter * RM + r, mask=r < RM, other=-1)
+        return tl.where(row >= 0, row, 0), row >= 0
+    else:  # noqa: RET505 - two ways to compile it
+        live = r < rank
+        return tl.load(starts_ptr + adapter) + tl.where(live, r, 0), live
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_adapters", "tokens_per_entry", "tiles_per_entry", "max_tiles"])
 def tiles_shrink_kernel(
-    x_ptr, w_ptr, h_ptr, z_ptr, ids_ptr, gates_ptr, scaling_ptr, starts_ptr, ranks_ptr,
+    x_ptr, w_ptr, h_ptr, z_ptr, ids_ptr, gates_ptr, scaling_ptr, starts_ptr, ranks_ptr, rows_ptr, owner_ptr,
     order_ptr, tile_adapter_ptr, tile_first_ptr, tile_last_ptr,
     num_tokens, width, num_adapters, tokens_per_entry, tiles_per_entry, max_tiles,
     K: tl.constexpr, RM: tl.constexpr, SORTED: tl.constexpr, HAS_GATES: tl.constexpr, BM: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SLICES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``h = x w_eᵀ`` and ``z = c h`` for one tile and one slot, at lines ``t K + k`` of ``RM`` columns."""
     tile = tl.program_id(0)
@@ -49,16 +62,16 @@ def tiles_shrink_kernel(
         tokens = entry * tokens_per_entry + offset
         adapter = tl.load(ids_ptr + entry * K + slot)
     if (adapter >= 0) & (adapter < num_adapters):
-        start = tl.load(starts_ptr + adapter)
-        rank = tl.load(ranks_ptr + adapter)
-        c = tl.load(scaling_ptr + adapter) + tl.zeros((BM,), tl.float32)
+        c = tl.zeros((BM,), tl.float32) + (1.0 if SLICES > 1 else tl.load(scaling_ptr + adapter))
         if HAS_GATES:
             gate = gates_ptr + (tokens // tokens_per_entry).to(tl.int64) * K + slot
             c = c * tl.load(gate, mask=there, other=0.0).to(tl.float32)
+        rank = RM if SLICES > 1 else tl.load(ranks_ptr + adapter)
         x_row = x_ptr + tl.where(there, tokens, 0)[:, None].to(tl.int64) * width
         r = tl.arange(0, BR)
         for r0 in range(0, rank, BR):
-            w_row = w_ptr + (start + tl.where(r0 + r < rank, r0 + r, 0))[:, None].to(tl.int64) * width
+            row, live = _rank_rows(adapter, r0 + r, rank, starts_ptr, rows_ptr, RM, SLICES)
+            w_row = w_ptr + row[:, None].to(tl.int64) * width
             total = tl.zeros((BM, BR), tl.float32)
             for k0 in tl.range(0, width, BK, num_stages=STAGES):
                 k = k0 + tl.arange(0, BK)
@@ -70,33 +83,43 @@ def tiles_shrink_kernel(
                     w = tl.load(w_row + k[None, :], mask=(k < width)[None, :], other=0.0)
                 total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
             place = (tokens.to(tl.int64) * K + slot)[:, None] * RM + (r0 + r)[None, :]
-            mask = there[:, None] & (r0 + r < rank)[None, :]
+            mask = there[:, None] & live[None, :]
             if SAVE:
                 tl.store(h_ptr + place, total.to(h_ptr.dtype.element_ty), mask=mask)
-            tl.store(z_ptr + place, (total * c[:, None]).to(z_ptr.dtype.element_ty), mask=mask)
+            z = total * c[:, None]
+            if SLICES > 1:
+                owner = tl.load(owner_ptr + row, mask=live, other=0)
+                z = z * tl.load(scaling_ptr + owner, mask=live, other=0.0)[None, :]
+            tl.store(z_ptr + place, z.to(z_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
     do_not_specialize=["num_tokens", "num_adapters", "tokens_per_entry", "tiles_per_entry", "max_tiles", "slot0"]
 )
 def tiles_expand_kernel(
-    z_ptr, w_ptr, base_ptr, y_ptr, ids_ptr, starts_ptr, ranks_ptr,
+    z_ptr, w_ptr, base_ptr, y_ptr, ids_ptr, starts_ptr, ranks_ptr, layout_ptr,
     order_ptr, tile_adapter_ptr, tile_first_ptr, tile_last_ptr,
-    num_tokens, width, num_adapters, tokens_per_entry, tiles_per_entry, max_tiles, slot0,
+    num_tokens, y_width, num_adapters, tokens_per_entry, tiles_per_entry, max_tiles, slot0,
     K: tl.constexpr, SLOTS: tl.constexpr, RM: tl.constexpr, SORTED: tl.constexpr, HAS_BASE: tl.constexpr,
     EARLY: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, COLUMNS_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SLICES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``y = base + Σ_k z_k w_e`` for one tile and ``BN`` columns: all slots of an example, or one slot when sorted.
 
     ``EARLY``: the kernel before does not write ``base``, so it is read while that one still runs.
     """
     if COLUMNS_FIRST:
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        block = tl.program_id(0)
         tile = tl.program_id(1)
     else:
         tile = tl.program_id(0)
-        n = tl.program_id(1) * BN + tl.arange(0, BN)
+        block = tl.program_id(1)
+    piece, n0, width, y_offset, w_offset = slice_of(block, layout_ptr, y_width, BN, SLICES, ALIGNED)
+    if SLICES > 1:
+        z_ptr += tl.multiple_of(slice_field(layout_ptr, piece, 0, 3, SLICES), 16)
+    w_ptr += w_offset
+    first_part = piece * num_adapters
+    n = n0 + tl.arange(0, BN)
     inside = n < width
     entry = tile // tiles_per_entry
     if SORTED:
@@ -106,7 +129,7 @@ def tiles_expand_kernel(
         offset = (tile % tiles_per_entry) * BM + tl.arange(0, BM)
         there = offset < tokens_per_entry
         tokens = entry * tokens_per_entry + offset
-    y_place = tokens[:, None].to(tl.int64) * width + n[None, :]
+    y_place = tokens[:, None].to(tl.int64) * y_width + y_offset + n[None, :]
     y_mask = there[:, None] & inside[None, :]
     if HAS_BASE and EARLY:
         y = tl.load(base_ptr + y_place, mask=y_mask, other=0.0)
@@ -122,8 +145,8 @@ def tiles_expand_kernel(
         if not SORTED:
             adapter = tl.load(ids_ptr + entry * K + slot)
         known = (adapter >= 0) & (adapter < num_adapters)
-        start = tl.load(starts_ptr + adapter, mask=known, other=0)
-        rank = tl.load(ranks_ptr + adapter, mask=known, other=0)
+        start = tl.load(starts_ptr + first_part + adapter, mask=known, other=0)
+        rank = tl.load(ranks_ptr + first_part + adapter, mask=known, other=0)
         line = z_ptr + (tokens.to(tl.int64) * K + slot)[:, None] * RM
         for r0 in range(0, rank, BR):
             live = r0 + r < rank

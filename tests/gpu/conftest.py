@@ -181,7 +181,7 @@ CASES = {
         (6, 7), (*_MIXED, *_MIXED), (6,), 2, ("tiles", False, False), 515, 1001
     ),
     "tiles, one list of gates": Case((3, 50), (16,) * 64, (), 2, ("tiles", True, False), 1024, 1024),
-    "tiles, sorted": Case((4096,), (16,) * 64, (4096,), 0, ("tiles", True, True)),
+    "tiles, sorted": Case((1, 4096), (16,) * 64, (1, 4096), 0, ("tiles", True, True)),
     "tiles, sorted, top 2": Case((2, 1024), (16,) * 64, (2, 1024), 2, ("tiles", True, True), 4096, 4096),
     "tiles, sorted, top 4, mixed ranks, odd widths": Case(
         (3, 217), _MIXED * 4, (3, 217), 4, ("tiles", True, True), 515, 1001

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
+
+from compose.kernels.packed import trials, tuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -34,11 +37,41 @@ def test_the_same_gradients_have_the_same_bits(name, cases, make_problem):
      ((8, 3, 33, 128), 0, "dense")],
 )  # fmt: skip
 def test_a_row_alone_has_the_bits_it_has_in_a_batch(ranks, top, launch, dtype, make_problem, make_case):
-    case = make_case((512,), ranks, (512,), top, (launch, False, False))
+    case = make_case((2500,), ranks, (2500,), top, (launch, False, False))
     whole = make_problem(case, dtype)
     expected = whole.run()
-    for rows in (slice(0, 1), slice(511, 512), slice(7, 9), slice(100, 116), slice(3, 36), slice(0, 300)):
+    for rows in (slice(0, 1), slice(2499, 2500), slice(7, 9), slice(100, 116), slice(3, 36), slice(0, 100),
+                 slice(400, 700), slice(0, 512), slice(1, 514), slice(100, 1900)):  # fmt: skip
         assert torch.equal(whole.rows(rows).run(), expected[rows])
+
+
+def test_larger_blocks_are_taken_on_request_only(make_problem, make_case, float64_twin, frobenius_error):
+    """They give other bits, and an equally exact result."""
+    case = make_case((1200,), (16,) * 64, (1200,), 2, ("rows", False, False))
+    problem = make_problem(case, torch.bfloat16)
+    invariant, large = problem.run(), problem.run(batch_invariant=False)
+    assert not torch.equal(invariant, large)
+    expected = float64_twin(problem.exact()).detach()
+    assert max(frobenius_error(one, expected) for one in (invariant, large)) <= 4e-3
+
+
+@pytest.mark.parametrize("top", [0, -1])
+def test_blocks_that_the_number_of_tokens_may_choose_give_the_same_bits(top, make_problem, make_case):
+    """Every candidate of the tuner, not only those in use."""
+    trial = next(one for one in trials.TRIALS if one.kind == "dense few")
+    case = make_case((77,), (16,) * 8, (77,), top, ("dense", False, False), 4096, 4096)
+    problem = make_problem(case, torch.bfloat16)
+    expected, fitted = problem.run(), 0
+    blocks = trials.space(trial, torch.bfloat16).all(trial.start(torch.bfloat16, problem.x.device))
+    for config in blocks[::3]:
+        with tuning.trying({"dense few": config}):
+            try:
+                y = problem.run()
+            except OutOfResources:
+                continue
+        fitted += 1
+        assert torch.equal(y, expected), config
+    assert fitted > 5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -67,8 +100,8 @@ def test_an_example_alone_has_the_bits_it_has_in_a_batch(ranks, entries, top, to
 @pytest.mark.parametrize(
     ("tokens", "entries", "ranks", "top"),
     [
-        ((524_416,), (524_416,), (16,) * 8, 0),  # dense
-        ((524_416,), (524_416,), (16,) * 20, 0),  # sorted
+        ((1, 524_416), (1, 524_416), (16,) * 8, 0),  # dense
+        ((1, 524_416), (1, 524_416), (16,) * 20, 0),  # sorted
         ((2, 262_208), (2,), (16,) * 20, 0),  # tiles of one example
     ],
     ids=["dense", "sorted", "example"],

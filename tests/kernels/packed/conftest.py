@@ -13,7 +13,7 @@ import torch
 
 from compose.kernels.grouped_lora.op import grouped_lora
 from compose.kernels.mixture_lora.op import mixture_lora
-from compose.kernels.packed import front, op
+from compose.kernels.packed import front, op, sliced_op
 from compose.kernels.stack import LoraStack
 
 RANKS = (3, 0, 17, 1, 128, 8, 64, 16, 32)
@@ -88,10 +88,11 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
     def choose(launch: str) -> list[str]:
         monkeypatch.setattr(front, "_DENSE_ROWS", 10_000 if launch.startswith("dense") else 0)
         if launch in ("dense long", "tiles sorted"):
-            monkeypatch.setattr(front, "_FEW_EXAMPLES", 0)
+            monkeypatch.setattr(front, "_FEW_TOKENS", 0)
         return taken
 
     monkeypatch.setattr(op, "low_rank", spy)
+    monkeypatch.setattr(sliced_op, "low_rank", spy)
     return choose
 
 

@@ -50,11 +50,18 @@ def test_an_example_alone_has_the_bits_it_has_in_a_batch(launch, tokens, per_tok
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens", "expected"),
-    [(512, None, "rows"), (513, None, "tiles"), (2, 16, "rows"), (2, 17, "tiles")],
+    ("rows", "tokens", "invariant", "expected"),
+    [
+        (513, None, True, "rows"),  # the number of examples does not count
+        (512, None, False, "rows"),
+        (513, None, False, "tiles"),
+        (2, 16, True, "rows"),
+        (600, 16, True, "rows"),
+        (2, 17, True, "tiles"),
+    ],
 )
-def test_what_counts_as_many_tokens(rows, tokens, expected, make_problem, monkeypatch):
-    """The documented limits: 512 examples, 16 tokens each. A property of one example up to 512 of them."""
+def test_what_counts_as_many_tokens(rows, tokens, invariant, expected, make_problem, monkeypatch):
+    """The documented limits: 16 tokens of one example; 512 rows only where the result may depend on the batch."""
     taken = []
 
     def stub(x, first, second, packed, route, *rest, **options):
@@ -63,5 +70,5 @@ def test_what_counts_as_many_tokens(rows, tokens, expected, make_problem, monkey
 
     monkeypatch.setattr(op, "low_rank", stub)
     lead = (rows,) if tokens is None else (rows, tokens)
-    make_problem("", 0, ranks=(16,) * 17, shape=(lead, lead), width=2, out=2).run()
+    make_problem("", 0, ranks=(16,) * 17, shape=(lead, lead), width=2, out=2).run(batch_invariant=invariant)
     assert taken == [expected]
