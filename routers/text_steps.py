@@ -39,12 +39,17 @@ def generate_by_step(
         ``B`` rows of new token ids.
 
     Raises:
-        IncompatibleError: The router reads something else, or beams or several sequences per row are wanted.
+        IncompatibleError: The router reads something else, the model has an encoder, or beams or several sequences per
+            row are wanted.
     """
     if routed.spec.scope != "step" or routed.spec.gate_input != "text":
         raise IncompatibleError(
             f"generate_by_step is for gates that read text at every step, as preset 'token_level'; this router reads "
             f"{routed.spec.gate_input!r} per {routed.spec.scope}"
+        )
+    if routed.config.is_encoder_decoder:
+        raise IncompatibleError(
+            "generate_by_step is for decoder-only models: keys and values of cross-attention belong to no new token"
         )
     wide = [name for name in ("num_beams", "num_return_sequences") if options.get(name, 1) != 1]
     if wide:
@@ -63,8 +68,7 @@ class _Texts:
     def __init__(self, routed: RoutedModel, prompts: list[list[int]], decode: Decode, encode: Encode) -> None:
         self.session = routed.session
         self.prompts, self.decode, self.encode = prompts, decode, encode
-        self.two = bool(routed.config.is_encoder_decoder)
-        self.before = 1 if self.two else max(len(prompt) for prompt in prompts)  # columns that are no new tokens
+        self.before = max(len(prompt) for prompt in prompts)  # columns that are no new tokens
         self.columns = torch.zeros(len(prompts), 0, dtype=torch.int64)
         self.known: dict[str, torch.Tensor] = {}
 
@@ -74,7 +78,7 @@ class _Texts:
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the session ``(B, T, D)``: one embedding per token of this forward."""
-        ids = kwargs["decoder_input_ids" if self.two else "input_ids"]
+        ids = kwargs["input_ids"]
         past = past_length(kwargs.get("past_key_values"))
         self.columns = torch.cat([self.columns[:, :past], ids.to("cpu")], dim=1)
         texts = [

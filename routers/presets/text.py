@@ -31,7 +31,8 @@ def token_level() -> Preset:
     return Preset(
         paper="2311.10847", summary="gates from the embedding of the text so far", spec=spec,
         needs=("text", "calibration"),
-        limits="needs an encoder and a tokenizer at generation, one embedding per new token; no beams",
+        limits="needs an encoder and a tokenizer at generation, one embedding per new token; no beams, no "
+        "encoder-decoder models (those use the embedding they are told)",
     )  # fmt: skip
 
 
