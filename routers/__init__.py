@@ -10,11 +10,18 @@ _EXPORTS = {
     "RoutedModel": "compose.routers.routed",
     "Routing": "compose.routers.routing",
     "RoutingContext": "compose.routers.context",
+    "Sampling": "compose.routers.sampling",
+    "Stage": "compose.routers.stages",
+    "TrainSettings": "compose.routers.train_settings",
     "build": "compose.routers.build",
     "experts_for": "compose.routers.presets.registry",
     "fresh_experts": "compose.routers.experts",
     "linear_targets": "compose.routers.experts",
+    "load": "compose.routers.saved",
     "preset": "compose.routers.presets.registry",
+    "read_mixed": "compose.routers.records",
+    "save": "compose.routers.saved",
+    "train": "compose.routers.training",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -111,13 +111,27 @@ def restore(attached: Attached, saved: SavedMixture, *, allow_changed: bool = Fa
         targets=saved.routed,
     )  # fmt: skip
     try:
-        _set_state(routed, saved)
-        if saved.factors is not None and saved.spec.structure not in ("shared_a", "ia3"):
-            _set_factors(attached, saved)
+        _set_tensors(routed, saved)
     except BaseException:
         routed.remove()
         raise
     return routed
+
+
+def refill(routed: RoutedModel, folder: str | Path) -> None:
+    """Put the tensors of a saved mixture into the same mixture.
+
+    Raises:
+        AdapterFormatError: The folder is damaged, or of another mixture.
+        IncompatibleError: It is of another bank.
+    """
+    saved = read_mixture(folder)
+    _check_bank(routed.attached, saved, allow_changed=False)
+    if saved.spec != routed.spec or saved.routed != tuple(routed.router.site_of):
+        raise AdapterFormatError(
+            f"{saved.folder}: the mixture in it is not this one ({routed.spec.preset or 'no preset'})"
+        )
+    _set_tensors(routed, saved)
 
 
 def mixture_state(routed: RoutedModel) -> dict[str, torch.Tensor]:
@@ -234,8 +248,10 @@ def _check_bank(attached: Attached, saved: SavedMixture, allow_changed: bool) ->
             )
 
 
-def _set_state(routed: RoutedModel, saved: SavedMixture) -> None:
+def _set_tensors(routed: RoutedModel, saved: SavedMixture) -> None:
     set_mixture_state(routed, saved.state, saved.folder / ROUTER)
+    if saved.factors is not None and saved.spec.structure not in ("shared_a", "ia3"):
+        _set_factors(routed.attached, saved)
 
 
 def _set_factors(attached: Attached, saved: SavedMixture) -> None:
