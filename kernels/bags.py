@@ -69,6 +69,18 @@ def bag_lowrank(
     if differentiated(x_TD, a, b, c_N, base_TO):
         delta = _Bagged.apply(x_TD, a, b, c_N, bags)
         return delta if base_TO is None else base_TO + delta
+    return bag_forward(x_TD, a, b, c_N, base_TO, bags)
+
+
+def bag_forward(
+    x_TD: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c_N: torch.Tensor,
+    base_TO: torch.Tensor | None,
+    bags: Bags,
+) -> torch.Tensor:
+    """``bag_lowrank`` with coefficients of the chosen rows, where nothing is differentiated."""
     delta = _sum_rows(_pick(x_TD, a, bags).mul_(c_N), b, bags)
     return delta if base_TO is None else delta.add_(base_TO)
 

@@ -39,14 +39,31 @@ def lowrank(
         return _expand(_shrink(x_BTD, a) * c, b, base_BTO, 1.0)
     if differentiated(x_BTD, a, b, c, base_BTO):
         return _LowRank.apply(x_BTD, a, b, c, base_BTO)
-    h, alpha = _shrink(x_BTD, a), 1.0
-    if isinstance(c, float):
+    return undifferentiated(x_BTD, a, b, c, base_BTO, reuse_base)
+
+
+def undifferentiated(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor | float,
+    base: torch.Tensor | None,
+    reuse_base: bool,
+) -> torch.Tensor:
+    """``lowrank`` where the caller knows that nothing is differentiated; ``x`` and ``base`` may also be ``(T, D)``.
+
+    With ``x (T, D)`` factors are shared, and coefficients ``(N, 1, R)`` belong to ``N`` equal runs of tokens.
+    """
+    h, alpha = _shrink(x, a), 1.0
+    if isinstance(c, float) and base is not None:
         alpha = c
+    elif isinstance(c, torch.Tensor) and h.dim() < c.dim():
+        h.view(c.shape[0], -1, h.shape[1]).mul_(c)
     else:
         h.mul_(c)
-    if reuse_base and base_BTO is not None and _writable(base_BTO):
-        return _expand_into(h, b, base_BTO, alpha)
-    return _expand(h, b, base_BTO, alpha)
+    if reuse_base and base is not None and _writable(base):
+        return _expand_into(h, b, base, alpha)
+    return _expand(h, b, base, alpha)
 
 
 class _LowRank(torch.autograd.Function):
@@ -109,6 +126,8 @@ def _shrink(x_BTD: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         if a.shape[1] <= _FEW_ROWS and x_BTD.device.type == "cpu":
             return torch.bmm(a, x_BTD.transpose(1, 2)).transpose(1, 2)
         return torch.bmm(x_BTD, a.transpose(1, 2))
+    if x_BTD.dim() == 2:
+        return torch.mm(x_BTD, a.t())
     batch, tokens, width = x_BTD.shape
     return torch.mm(x_BTD.reshape(batch * tokens, width), a.t()).view(batch, tokens, a.shape[0])
 
@@ -117,7 +136,12 @@ def _expand(z_BTR: torch.Tensor, b: torch.Tensor, base_BTO: torch.Tensor | None,
     """``base + alpha z b``: ``(B, T, O)``, fresh memory."""
     if base_BTO is None:
         z_BTR = z_BTR if alpha == 1.0 else z_BTR * alpha
-        return torch.matmul(z_BTR, b)
+        if b.dim() == 3:
+            return torch.bmm(z_BTR, b)
+        # torch.matmul may choose bmm here, which costs up to four times as much in bfloat16
+        return torch.mm(z_BTR.flatten(0, -2), b).view(*z_BTR.shape[:-1], b.shape[1])
+    if z_BTR.dim() == 2:
+        return torch.addmm(base_BTO, z_BTR, b, alpha=alpha)
     if b.dim() == 3:
         return torch.baddbmm(base_BTO, z_BTR, b, alpha=alpha)
     batch, tokens, out = base_BTO.shape
@@ -129,6 +153,8 @@ def _expand_into(z_BTR: torch.Tensor, b: torch.Tensor, base_BTO: torch.Tensor, a
     """``base += alpha z b`` in place."""
     if b.dim() == 3:
         return base_BTO.baddbmm_(z_BTR, b, alpha=alpha)
+    if z_BTR.dim() == 2:
+        return base_BTO.addmm_(z_BTR, b, alpha=alpha)
     base_BTO.flatten(0, 1).addmm_(z_BTR.flatten(0, 1), b, alpha=alpha)
     return base_BTO
 

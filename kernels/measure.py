@@ -1,14 +1,18 @@
 """``python -m compose.kernels.measure [SECTION ...] [--cells FILE]``: measure the strategies, fit the policy.
 
-A section is an op, a dtype and a mode, as in ``"grouped float32 inference"``; without one, all are measured (a few
-minutes). Each ends with its regret: how much slower than the fastest strategy the fitted policy is on the cells it was
-fitted to. One thread; process time, minimum over repeats, so other jobs disturb it little.
+A section is an op, a dtype and a mode, as in ``"grouped float32 inference"``; without one, all that this CPU can run
+are measured (a few minutes). Each ends with its regret: how much slower than the fastest strategy the fitted policy is
+on the cells it was fitted to. One thread; process time, minimum over repeats, so other jobs disturb it little.
+
+``bfloat16`` sections are for CPUs without AMX tiles; where there are some, oneDNN can be kept from using them:
+``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m compose.kernels.measure "grouped bfloat16 inference"``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +27,14 @@ from compose.kernels.grouped_lora.plan import plan_groups
 from compose.kernels.mixture_lora import cpu as mixture
 from compose.kernels.stack import LoraStack
 
+_LIMIT = "ONEDNN_MAX_CPU_ISA"  # read by oneDNN when it is loaded
 _SECONDS = 0.01  # per repeat
 _REPEATS = 3
 _MOST_WORK = 4e9  # multiply-adds of one product with all rows; beyond it that is never the fastest
 SECTIONS = tuple(
     f"{op} {dtype} {mode}"
     for op in ("grouped", "mixture")
-    for dtype in ("float32", "bfloat16")
+    for dtype in ("float32", "bfloat16", "bfloat16_amx")
     for mode in ("inference", "training")
 )
 
@@ -71,7 +76,7 @@ def cells(op: str) -> Iterator[Cell]:
     for width, ranks, batches, counts in (
         (256, (8, 32), (4, 32, 256, 2048), (2, 8, 64)),
         (1024, (8, 16, 64), (32, 128, 512, 2048), (2, 4, 16, 64)),
-        (4096, (16,), (32, 256), (4, 64)),
+        (4096, (16,), (32, 256, 2048), (4, 64)),
     ):
         for rank in ranks:
             for batch in batches:
@@ -214,12 +219,19 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"unknown sections {sorted(unknown)}; known: {', '.join(SECTIONS)}")
+    tiles = policy.multiplies_in_tiles() and not os.environ.get(_LIMIT)
+    runnable = [name for name in SECTIONS if name.split()[1] != ("bfloat16" if tiles else "bfloat16_amx")]
+    if wrong := set(options.sections) - set(runnable):
+        parser.error(
+            f"{sorted(wrong)} cannot be measured: AMX tiles {'are' if tiles else 'are not'} used (see {_LIMIT})"
+        )
     torch.set_num_threads(1)
     torch.manual_seed(0)
     costs: dict[str, Any] = dict(policy_table.COSTS)
-    for section in options.sections or SECTIONS:
+    for section in options.sections or runnable:
         op, dtype, mode = section.split()
-        measured = [measure(op, cell, getattr(torch, dtype), training=mode == "training") for cell in cells(op)]
+        numbers = getattr(torch, dtype.removesuffix("_amx"))
+        measured = [measure(op, cell, numbers, training=mode == "training") for cell in cells(op)]
         costs[section] = fit(measured)
         sys.stdout.write("\n".join(report(section, measured, costs[section])) + "\n")
         if options.cells:

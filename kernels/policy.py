@@ -1,16 +1,19 @@
 """Which strategy of the torch paths is fastest: a linear cost model whose constants were fitted to measured times.
 
 ``policy_table.py`` holds the constants, per op, dtype and mode; ``python -m compose.kernels.measure`` measures and
-writes them. The figures only rank strategies against each other: all of them compute the same thing.
+writes them. The figures only rank strategies against each other: all of them compute the same thing. bfloat16 has two
+tables, for CPUs with and without AMX tiles, in which a product costs so little that other strategies win.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
 
+from compose.kernels.lines import WHOLE_BYTES
 from compose.kernels.policy_table import COSTS
 from compose.kernels.routed import grouped_mm_refuses
 from compose.kernels.stack import LoraStack
@@ -35,6 +38,7 @@ class Work(NamedTuple):
         chosen: Adapters per list, ``K``.
         rank: Largest rank among the adapters that occur.
         adapters: How many occur.
+        lined: How many a layout of sorted tokens has.
         active_rows: Their rank rows.
         all_rows: Rank rows of the whole stack.
         longest: Most tokens that one adapter has.
@@ -49,6 +53,7 @@ class Work(NamedTuple):
     chosen: int
     rank: int
     adapters: int
+    lined: int
     active_rows: int
     all_rows: int
     longest: int
@@ -59,23 +64,36 @@ class Work(NamedTuple):
 
 
 def features(strategy: Strategy, work: Work) -> tuple[float, ...]:
-    """The counts that the cost of a strategy is a weighted sum of; the first is 1, for its fixed overhead."""
-    w, pairs = work.width, work.tokens * work.chosen
+    """The counts that the cost of a strategy is a weighted sum of.
+
+    The first is 1, for its fixed overhead. The last two: numbers of its rows beyond what the level-2 cache holds, and
+    beyond copies so large that the system hands out new pages for them in every call.
+    """
+    w = work.width
+    tokens, pairs = work.tokens * w, work.tokens * work.chosen * w
     if strategy == "stacked":
         rows = work.active_rows
-        return 1.0, work.tokens * rows * w, work.tokens * w, rows * w, work.tokens * rows
+        return 1.0, rows * tokens, tokens, rows * w, work.tokens * rows, *_far(tokens, work)
     if strategy == "bag":
         rows = work.all_rows
-        return 1.0, work.tokens * rows * w, work.tokens * w, rows * w, work.tokens * rows, work.products * w
+        return 1.0, rows * tokens, tokens, rows * w, work.tokens * rows, work.products * w, *_far(tokens, work)
     if strategy == "rows":
         gathered = work.lists * work.chosen * work.rank * w
         far = max(0.0, gathered - _CACHE_BYTES / work.itemsize)
-        return 1.0, work.lists, gathered, far, work.tokens * work.chosen * work.rank * w, work.tokens * w
+        return 1.0, work.lists, gathered, far, work.rank * pairs, tokens, *_far(tokens, work)
     if strategy == "padded":
-        lines = work.adapters * work.longest
-        return 1.0, work.adapters, lines * w, lines * work.rank * w, work.active_rows * w, pairs * w
+        lines = work.lined * work.longest * w
+        return 1.0, work.lined, lines, work.rank * lines, work.active_rows * w, pairs, *_far(lines, work)
     copied = work.copied_rows * w if strategy == "grouped_mm" else 0.0
-    return 1.0, work.adapters, pairs * w, work.products * w, work.active_rows * w, copied
+    return 1.0, work.adapters, pairs, work.products * w, work.active_rows * w, copied, *_far(pairs, work)
+
+
+def _far(numbers: float, work: Work) -> tuple[float, float]:
+    """How far rows ``(D + O)`` exceed the cache, and the copies of one side that stay at hand."""
+    return (
+        max(0.0, numbers - _CACHE_BYTES / work.itemsize),
+        max(0.0, numbers - 2 * WHOLE_BYTES / work.itemsize),
+    )
 
 
 def cost(strategy: Strategy, work: Work, constants: tuple[float, ...]) -> float:
@@ -101,6 +119,21 @@ def allowed(work: Work, stack: LoraStack, *, kept: bool) -> list[Strategy]:
     return strategies
 
 
+@cache
+def multiplies_in_tiles() -> bool:
+    """Whether this CPU has AMX tiles for bfloat16, as torch reports it; False where torch is too old to say."""
+    report: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
+    return bool(report().get("amx_bf16"))
+
+
+def section(op: Op, dtype: torch.dtype, *, training: bool) -> str:
+    """The section of the table that ranks operands of ``dtype`` on this CPU; see ``fastest``."""
+    name = "float32"
+    if dtype == torch.bfloat16:
+        name = "bfloat16_amx" if multiplies_in_tiles() else "bfloat16"
+    return f"{op} {name} {'training' if training else 'inference'}"
+
+
 def fastest(op: Op, dtype: torch.dtype, work: Work, candidates: Iterable[Strategy], *, training: bool) -> Strategy:
     """The strategy of ``candidates`` with the least predicted cost.
 
@@ -111,7 +144,6 @@ def fastest(op: Op, dtype: torch.dtype, work: Work, candidates: Iterable[Strateg
         candidates: Strategies that can run these operands.
         training: Whether backward follows.
     """
-    name = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    constants = COSTS[f"{op} {name} {'training' if training else 'inference'}"]
+    constants = COSTS[section(op, dtype, training=training)]
     known = [strategy for strategy in candidates if strategy in constants]
     return min(known, key=lambda strategy: cost(strategy, work, constants[strategy]))

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import embedding_bag, grouped_mm, pad
+from torch.nn.functional import grouped_mm, pad
 
 from compose.kernels.grouped_lora.plan import GroupPlan
+from compose.kernels.lines import add_pairs, sorted_forward
 from compose.kernels.lowrank import differentiated
 from compose.kernels.stack import LoraStack
 
@@ -26,7 +27,7 @@ class Layout(NamedTuple):
     Pairs without an adapter, or whose adapter has rank 0, share one line of zeros behind all others.
 
     Attributes:
-        adapters: The ``U`` adapters that occur and have rank rows.
+        adapters: The ``U`` adapters that have rank rows and occur, or lie between those that do (``laid_out``).
         bounds: ``U + 1``: lines ``bounds[u]:bounds[u + 1]`` belong to ``adapters[u]``.
         ends_U: int32 ``bounds[1:]`` as a tensor.
         length: Lines per adapter where all have equally many (the unused ones hold some token); 0 where they differ.
@@ -34,6 +35,7 @@ class Layout(NamedTuple):
         place_TK: ``(T, K)`` the line of each pair.
         pair_L: ``(L,)`` the pairs that have a line of their own, sorted by adapter, and ``line_L`` these lines.
         line_L: See ``pair_L``.
+        in_order: Whether line ``q`` is token ``q`` and there are no others, so nothing need be moved.
     """
 
     adapters: tuple[int, ...]
@@ -44,6 +46,7 @@ class Layout(NamedTuple):
     place_TK: torch.Tensor
     pair_L: torch.Tensor
     line_L: torch.Tensor
+    in_order: bool
 
     def spread(self, c_P: torch.Tensor) -> torch.Tensor:
         """Coefficients of the pairs as coefficients of the lines, ``(Q, 1)``; 0 on lines that no pair uses."""
@@ -65,15 +68,20 @@ def sort_tokens(
         chosen: ``K``.
         padded: Give every adapter as many lines as the longest has.
     """
-    spans = zip(plan.distinct, plan.bounds[:-1], plan.bounds[1:], strict=True)
-    live = [(adapter, start, stop) for adapter, start, stop in spans if ranks[adapter]]
-    counts = [(stop - start) * tokens for _, start, stop in live]
+    spans = {
+        adapter: (start, stop)
+        for adapter, start, stop in zip(plan.distinct, plan.bounds[:-1], plan.bounds[1:], strict=True)
+        if ranks[adapter]
+    }
+    adapters = laid_out(tuple(spans), ranks)
+    live = [spans.get(adapter, (0, 0)) for adapter in adapters]
+    counts = [(stop - start) * tokens for start, stop in live]
     length = max(counts, default=0) if padded else 0
     bounds = [0]
     for count in counts:
         bounds.append(bounds[-1] + (length or count))
     device = plan.order.device
-    pair_L = torch.cat([plan.order[start:stop] for _, start, stop in live] or [plan.order[:0]])
+    pair_L = torch.cat([plan.order[start:stop] for start, stop in live] or [plan.order[:0]])
     if tokens > 1:
         pair_L = (pair_L[:, None] * tokens + torch.arange(tokens, device=device)).reshape(-1)
     line_L = torch.arange(len(pair_L), device=device)
@@ -87,8 +95,24 @@ def sort_tokens(
     place_P = torch.full((pairs,), bounds[-1], dtype=torch.int64, device=device)
     place_P[pair_L] = line_L
     ends_U = torch.tensor(bounds[1:], dtype=torch.int32, device=device)
-    adapters = tuple(adapter for adapter, _, _ in live)
-    return Layout(adapters, tuple(bounds), ends_U, length, source_Q, place_P.view(-1, chosen), pair_L, line_L)
+    in_order = chosen == 1 and len(source_Q) == pairs == bounds[-1]
+    in_order = in_order and bool((source_Q[1:] > source_Q[:-1]).all())
+    return Layout(
+        adapters, tuple(bounds), ends_U, length, source_Q, place_P.view(-1, chosen), pair_L, line_L, in_order
+    )
+
+
+def laid_out(adapters: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """The adapters that a layout has: ``adapters`` (ascending), and where that saves copying factors all between them.
+
+    That is where ranks are equal and at most a quarter of the whole does not occur.
+    """
+    if not adapters:
+        return adapters
+    between = range(adapters[0], adapters[-1] + 1)
+    if 3 * len(between) > 4 * len(adapters) or any(ranks[adapter] != ranks[adapters[0]] for adapter in between):
+        return adapters
+    return tuple(between)
 
 
 def equal_factors(stack: LoraStack, adapters: tuple[int, ...], *, aligned: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +124,8 @@ def equal_factors(stack: LoraStack, adapters: tuple[int, ...], *, aligned: bool)
     wanted = aligned_rank(rank, stack.a_RD.dtype) if aligned else rank
     if not copies_factors(stack, adapters, wanted):
         rows = slice(stack.offsets[adapters[0]], stack.offsets[adapters[-1] + 1])
-        return stack.a_RD[rows].unflatten(0, (-1, rank)), stack.b_RO[rows].unflatten(0, (-1, rank))
+        cells = (len(adapters), rank, -1)
+        return stack.a_RD[rows].view(cells), stack.b_RO[rows].view(cells)
     lines = torch.tensor(adapters, device=stack.a_RD.device)
     rows_Ur, valid_Ur = stack.index.table_Er[lines, :rank], stack.index.valid_Er[lines, :rank]
     ragged = any(stack.ranks[adapter] != rank for adapter in adapters)
@@ -162,8 +187,7 @@ def routed_lowrank(
     if differentiated(x_TD, *factors, c_Q1, base_TO):
         delta = _Routed.apply(x_TD, *factors, c_Q1, layout, spans)
         return delta if base_TO is None else base_TO + delta
-    h = _shrink(x_TD.index_select(0, layout.source_Q), factors[0], layout, spans)
-    delta = _add_pairs(_expand(h.mul_(c_Q1), factors[1], layout, spans), layout)
+    delta = sorted_forward(layout, factors, c_Q1, spans)(x_TD)
     return delta if base_TO is None else delta.add_(base_TO)
 
 
@@ -191,7 +215,7 @@ class _Routed(torch.autograd.Function):
             h if need_b or need_c else None,
         )
         ctx.layout, ctx.spans = layout, spans
-        return _add_pairs(_expand(z, b, layout, spans), layout)
+        return add_pairs(_expand(z, b, layout, spans), layout.place_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -210,7 +234,7 @@ class _Routed(torch.autograd.Function):
             if need_x or need_a:
                 dh = dz.mul_(c)
                 da = _outer(dh, x.index_select(0, layout.source_Q), a, layout, spans) if need_a else None
-                dx = _add_pairs(_expand(dh, a, layout, spans), layout) if need_x else None
+                dx = add_pairs(_expand(dh, a, layout, spans), layout.place_TK) if need_x else None
         return dx, da, db, dc, None, None
 
 
@@ -226,8 +250,8 @@ def _shrink(
             torch.mm(x_QD[first:end], factor[start:stop].t(), out=h[first:end, : stop - start])
     elif layout.length:
         h = x_QD.new_empty(len(x_QD), factor.shape[1])
-        lines = x_QD[:live].unflatten(0, (-1, layout.length))
-        torch.bmm(lines, factor.transpose(1, 2), out=h[:live].unflatten(0, (-1, layout.length)))
+        cells = (len(factor), layout.length, -1)
+        torch.bmm(x_QD[:live].view(cells), factor.transpose(1, 2), out=h[:live].view(cells))
     else:
         h = grouped_mm(x_QD, factor.transpose(1, 2), offs=layout.ends_U)
     if live < len(h):
@@ -246,8 +270,8 @@ def _expand(
             torch.mm(z_Qr[first:end, : stop - start], factor[start:stop], out=y[first:end])
     elif layout.length:
         y = z_Qr.new_empty(len(z_Qr), factor.shape[2])
-        lines = z_Qr[:live].unflatten(0, (-1, layout.length))
-        torch.bmm(lines, factor, out=y[:live].unflatten(0, (-1, layout.length)))
+        cells = (len(factor), layout.length, -1)
+        torch.bmm(z_Qr[:live].view(cells), factor, out=y[:live].view(cells))
     else:
         y = grouped_mm(z_Qr, factor, offs=layout.ends_U)
     if live < len(y):
@@ -270,17 +294,10 @@ def _outer(
             torch.mm(z_Qr[first:end, : stop - start].t(), x_QD[first:end], out=gradient[start:stop])
         return gradient
     if layout.length:
-        lines_z, lines_x = (t[:live].unflatten(0, (-1, layout.length)) for t in (z_Qr, x_QD))
+        lines_z, lines_x = (t[:live].view(len(factor), layout.length, -1) for t in (z_Qr, x_QD))
         return torch.bmm(lines_z.transpose(1, 2), lines_x)
     return grouped_mm(z_Qr.t(), x_QD, offs=layout.ends_U)
 
 
 def _segments(layout: Layout) -> Iterator[tuple[int, int]]:
     return zip(layout.bounds[:-1], layout.bounds[1:], strict=True)
-
-
-def _add_pairs(y_QO: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The lines of each token, added up: ``(T, O)``."""
-    if layout.place_TK.shape[1] == 1:
-        return y_QO.index_select(0, layout.place_TK.view(-1))
-    return embedding_bag(layout.place_TK, y_QO, mode="sum")

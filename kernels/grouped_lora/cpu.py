@@ -6,6 +6,7 @@ rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
@@ -13,13 +14,16 @@ import torch
 
 from compose.errors import BackendUnavailableError
 from compose.kernels import policy
-from compose.kernels.bags import bag_lowrank, make_bags
+from compose.kernels.bags import Bags, bag_forward, bag_lowrank, make_bags
 from compose.kernels.grouped_lora.plan import GroupPlan
-from compose.kernels.lowrank import differentiated, lowrank
+from compose.kernels.lines import Spans, sorted_forward
+from compose.kernels.lowrank import differentiated, lowrank, undifferentiated
 from compose.kernels.routed import (
+    Layout,
     copies_factors,
     equal_factors,
     grouped_mm_refuses,
+    laid_out,
     routed_lowrank,
     sort_tokens,
 )
@@ -44,17 +48,19 @@ def forward(
     strategy: Strategy | None = None,
 ) -> torch.Tensor:
     """See ``op.grouped_lora``; ``strategy`` overrides the policy. While tracing nothing is read on the host."""
+    traced = plan is None or torch.compiler.is_compiling()
+    if stack.num_rows == 0 or x.numel() == 0:
+        return base.clone() if base is not None else x.new_zeros(*x.shape[:-1], stack.b_RO.shape[1])
+    if plan is not None and not traced and not differentiated(x, stack.a_RD, stack.b_RO, stack.scaling_E, base):
+        return _undifferentiated(x, stack, plan, base, reuse_base, strategy)
     flat = x.dim() == 2
     x_BTD, base_BTO = (x.unsqueeze(1), None if base is None else base.unsqueeze(1)) if flat else (x, base)
-    if stack.num_rows == 0 or x.numel() == 0:
-        y = _nothing(x_BTD, stack, base_BTO)
-    elif plan is None or torch.compiler.is_compiling():
+    if plan is None or traced:
         y = _traced(x_BTD, stack, ids, base_BTO)
     else:
         prepared = _prepared(stack, plan)
-        training = differentiated(x, stack.a_RD, stack.b_RO, stack.scaling_E, base)
-        strategy = strategy or _choice(stack, plan, prepared, x_BTD.shape[0] * x_BTD.shape[1], training)
-        y = _run(strategy, x_BTD, stack, plan, prepared, base_BTO, reuse_base)
+        strategy = strategy or _choice(stack, plan, prepared, x_BTD.shape[0] * x_BTD.shape[1])
+        y = _run(strategy, x_BTD, stack, plan, prepared, base_BTO)
     return y.squeeze(1) if flat else y
 
 
@@ -80,21 +86,27 @@ def work_of(stack: LoraStack, plan: GroupPlan, tokens: int) -> policy.Work:
     spans = zip(plan.distinct, plan.bounds[:-1], plan.bounds[1:], strict=True)
     counts = {adapter: stop - start for adapter, start, stop in spans if stack.ranks[adapter]}
     ranks, per_entry = [stack.ranks[adapter] for adapter in counts], tokens // len(plan.order)
-    copies = bool(counts) and copies_factors(stack, tuple(counts), max(ranks))
+    lined = laid_out(tuple(counts), stack.ranks)
+    copies = bool(counts) and copies_factors(stack, lined, max(ranks))
     return policy.Work(
         tokens=tokens,
         lists=len(plan.order),
         chosen=1,
         rank=max(ranks, default=0),
         adapters=len(counts),
+        lined=len(lined),
         active_rows=sum(ranks),
         all_rows=stack.num_rows,
         longest=max(counts.values(), default=0) * per_entry,
         products=sum(count * stack.ranks[adapter] for adapter, count in counts.items()) * per_entry,
-        copied_rows=len(ranks) * max(ranks) if copies else 0,
+        copied_rows=len(lined) * max(ranks) if copies else 0,
         width=stack.a_RD.shape[1] + stack.b_RO.shape[1],
         itemsize=stack.a_RD.dtype.itemsize,
     )
+
+
+_Forward = Callable[[torch.Tensor, torch.Tensor | None, bool], torch.Tensor]
+"""``x (T, D)``, ``base (T, O)`` or None, and whether base may be written over: the result ``(T, O)``."""
 
 
 class _Factors(NamedTuple):
@@ -112,12 +124,14 @@ class _Prepared:
     Attributes:
         versions: Of the stack when the factors were gathered; None: nothing may be kept.
         factors: Gathered factors by strategy.
-        choices: The policy's choice by number of tokens, and whether backward follows.
+        choices: The policy's choice for training, by number of tokens.
+        forwards: What is left to do without gradients, by number of tokens and strategy; None: the policy's.
     """
 
     versions: tuple[int, int, int] | None
     factors: dict[str, _Factors] = field(default_factory=dict)
-    choices: dict[tuple[int, bool], Strategy] = field(default_factory=dict)
+    choices: dict[int, Strategy] = field(default_factory=dict)
+    forwards: dict[tuple[int, Strategy | None], _Forward] = field(default_factory=dict)
 
 
 def _prepared(stack: LoraStack, plan: GroupPlan) -> _Prepared:
@@ -132,11 +146,72 @@ def _prepared(stack: LoraStack, plan: GroupPlan) -> _Prepared:
     return found
 
 
-def _choice(stack: LoraStack, plan: GroupPlan, prepared: _Prepared, tokens: int, training: bool) -> Strategy:
-    """``choose``, remembered."""
-    if (tokens, training) not in prepared.choices:
-        prepared.choices[tokens, training] = choose(stack, plan, tokens, training=training)
-    return prepared.choices[tokens, training]
+def _choice(stack: LoraStack, plan: GroupPlan, prepared: _Prepared, tokens: int) -> Strategy:
+    """``choose`` for training, remembered."""
+    if tokens not in prepared.choices:
+        prepared.choices[tokens] = choose(stack, plan, tokens, training=True)
+    return prepared.choices[tokens]
+
+
+def _factors_of(strategy: Strategy, stack: LoraStack, plan: GroupPlan, prepared: _Prepared) -> _Factors:
+    """The operands of a strategy, kept where that is possible."""
+    factors = prepared.factors.get(strategy)
+    if factors is None:
+        factors = _GATHER[strategy](stack, plan)
+        if prepared.versions is not None:
+            prepared.factors[strategy] = factors
+    return factors
+
+
+def _undifferentiated(
+    x: torch.Tensor,
+    stack: LoraStack,
+    plan: GroupPlan,
+    base: torch.Tensor | None,
+    reuse_base: bool,
+    strategy: Strategy | None,
+) -> torch.Tensor:
+    """Whatever does not depend on ``x`` is done in the first call of a plan, stack and number of tokens."""
+    x_TD = x if x.dim() == 2 else x.flatten(0, 1)
+    base_TO = base if base is None or base.dim() == 2 else base.flatten(0, 1)
+    prepared = _prepared(stack, plan)
+    tokens = x_TD.shape[0]
+    run = prepared.forwards.get((tokens, strategy))
+    if run is None:
+        with torch.inference_mode(False):
+            chosen = strategy or choose(stack, plan, tokens, training=False)
+            run = _forward(chosen, stack, plan, prepared, tokens)
+        if prepared.versions is not None:
+            prepared.forwards[tokens, strategy] = run
+    y = run(x_TD, base_TO, reuse_base)
+    return y if x.dim() == 2 else y.view(*x.shape[:2], -1)
+
+
+def _forward(strategy: Strategy, stack: LoraStack, plan: GroupPlan, prepared: _Prepared, tokens: int) -> _Forward:
+    """What a strategy does with ``x (T, D)`` and ``base (T, O)``."""
+    if strategy == "none":
+        out = stack.b_RO.shape[1]
+        return lambda x, base, reuse: x.new_zeros(len(x), out) if base is None else base.clone()
+    if strategy == "bag":
+        bags, c_T = _bags(stack, plan, tokens)
+        a, b, c_N = stack.a_RD, stack.b_RO, c_T.index_select(0, bags.pairs_N)
+        return lambda x, base, reuse: bag_forward(x, a, b, c_N, base, bags)
+    factors = _factors_of(strategy, stack, plan, prepared)
+    if strategy in ("segments", "grouped_mm", "padded"):
+        layout, c_Q1, spans = _sorted(strategy, stack, plan, factors, tokens)
+        multiply = sorted_forward(layout, factors[:2], c_Q1, spans)
+        return lambda x, base, reuse: multiply(x) if base is None else multiply(x).add_(base)
+    if strategy == "rows":
+        return lambda x, base, reuse: _by_rows(x, factors, base, reuse)
+    return lambda x, base, reuse: undifferentiated(x, *factors, base, reuse)
+
+
+def _by_rows(x_TD: torch.Tensor, factors: _Factors, base_TO: torch.Tensor | None, reuse: bool) -> torch.Tensor:
+    """Factors ``(N, ...)`` of ``N`` equal runs of tokens."""
+    tokens, width = x_TD.shape
+    runs = factors.a.shape[0]
+    base = None if base_TO is None else base_TO.view(runs, -1, base_TO.shape[1])
+    return undifferentiated(x_TD.view(runs, -1, width), *factors, base, reuse).view(tokens, -1)
 
 
 def _run(
@@ -146,26 +221,26 @@ def _run(
     plan: GroupPlan,
     prepared: _Prepared,
     base_BTO: torch.Tensor | None,
-    reuse_base: bool,
 ) -> torch.Tensor:
+    """A strategy with its gradients."""
+    batch, tokens, _ = x_BTD.shape
     if strategy == "none":
         return _nothing(x_BTD, stack, base_BTO)
+    x_TD, base_TO = x_BTD.reshape(batch * tokens, -1), None
+    if base_BTO is not None:
+        base_TO = base_BTO.reshape(batch * tokens, -1)
     if strategy == "bag":
-        return _bag(x_BTD, stack, plan, base_BTO)
-    factors = prepared.factors.get(strategy)
-    if factors is None:
-        with torch.inference_mode(False):
-            factors = _GATHER[strategy](stack, plan)
-        if prepared.versions is not None:
-            prepared.factors[strategy] = factors
+        bags, c_T = _bags(stack, plan, batch * tokens)
+        return bag_lowrank(x_TD, stack, c_T, base_TO, bags).view(batch, tokens, -1)
+    with torch.inference_mode(False):
+        factors = _factors_of(strategy, stack, plan, prepared)
     if strategy in ("segments", "grouped_mm", "padded"):
-        return _routed(strategy, x_BTD, stack, plan, factors, base_BTO)
+        layout, c_Q1, spans = _sorted(strategy, stack, plan, factors, batch * tokens)
+        return routed_lowrank(x_TD, factors[:2], c_Q1, base_TO, layout, spans).view(batch, tokens, -1)
     if strategy == "rows" and plan.ids.dim() == 2:
-        batch, tokens, _ = x_BTD.shape
-        x_BTD = x_BTD.reshape(batch * tokens, 1, -1)
-        base = None if base_BTO is None else base_BTO.reshape(batch * tokens, 1, -1)
-        return lowrank(x_BTD, *factors, base).view(batch, tokens, -1)
-    return lowrank(x_BTD, *factors, base_BTO, reuse_base=reuse_base)
+        base = None if base_TO is None else base_TO.unsqueeze(1)
+        return lowrank(x_TD.unsqueeze(1), *factors, base).view(batch, tokens, -1)
+    return lowrank(x_BTD, *factors, base_BTO)
 
 
 def _gather_single(stack: LoraStack, plan: GroupPlan) -> _Factors:
@@ -186,9 +261,12 @@ def _gather_rows(stack: LoraStack, plan: GroupPlan) -> _Factors:
 
 
 def _gather_stacked(stack: LoraStack, plan: GroupPlan) -> _Factors:
-    """The rows of the adapters that occur, and a mask per entry with the scaling in it."""
-    distinct = torch.tensor(plan.distinct, device=stack.a_RD.device)
-    active_R = torch.isin(stack.index.adapter_R, distinct).nonzero().squeeze(1)
+    """The rows of the adapters that occur (views where they lie side by side), and a mask with the scaling in it."""
+    first, end = stack.offsets[plan.distinct[0]], stack.offsets[plan.distinct[-1] + 1]
+    active_R: slice | torch.Tensor = slice(first, end)
+    if end - first > sum(stack.ranks[adapter] for adapter in plan.distinct):
+        distinct = torch.tensor(plan.distinct, device=stack.a_RD.device)
+        active_R = torch.isin(stack.index.adapter_R, distinct).nonzero().squeeze(1)
     adapter_R = stack.index.adapter_R[active_R]
     ids = plan.ids[:, None, None] if plan.ids.dim() == 1 else plan.ids[:, :, None]
     c = torch.where(ids == adapter_R, stack.scaling_E.to(stack.a_RD.dtype)[adapter_R], 0.0)
@@ -221,7 +299,8 @@ _GATHER = {
 
 
 def _with_rank(stack: LoraStack, plan: GroupPlan) -> tuple[int, ...]:
-    return tuple(adapter for adapter in plan.distinct if stack.ranks[adapter])
+    """The adapters of the layout."""
+    return laid_out(tuple(adapter for adapter in plan.distinct if stack.ranks[adapter]), stack.ranks)
 
 
 def _entry_scaling(stack: LoraStack, plan: GroupPlan) -> torch.Tensor:
@@ -253,47 +332,34 @@ def _row_factors(
     return a, b, torch.where(valid_Nr, scaling_N[:, None], 0.0)[:, None]
 
 
-def _routed(
-    strategy: Strategy,
-    x_BTD: torch.Tensor,
-    stack: LoraStack,
-    plan: GroupPlan,
-    factors: _Factors,
-    base_BTO: torch.Tensor | None,
-) -> torch.Tensor:
-    """Sort tokens by adapter, multiply, sort back; the layout is kept by the plan for all stacks of these ranks."""
+def _sorted(
+    strategy: Strategy, stack: LoraStack, plan: GroupPlan, factors: _Factors, tokens: int
+) -> tuple[Layout, torch.Tensor, Spans]:
+    """Layout (kept by the plan for stacks of these ranks), coefficients of its lines, rank rows per adapter."""
     if strategy == "grouped_mm" and (reason := grouped_mm_refuses(stack)):
         raise BackendUnavailableError(f"grouped_lora: grouped_mm cannot run here: {reason}; use another strategy")
-    batch, tokens, _ = x_BTD.shape
-    per_entry = batch * tokens // len(plan.order)
+    per_entry = tokens // len(plan.order)
     padded = strategy == "padded"
     key, found = (stack.ranks, padded), plan.layouts.get((stack.ranks, padded))
     if found is None or found[0] != per_entry:
         with torch.inference_mode(False):
             found = per_entry, sort_tokens(plan, stack.ranks, tokens=per_entry, padded=padded)
         plan.layouts[key] = found
-    layout = found[1]
+    layout: Layout = found[1]
     c_N = cast("torch.Tensor", factors.c)
     c_P = c_N if per_entry == 1 else c_N.repeat_interleave(per_entry)
     spans = tuple((stack.offsets[e], stack.offsets[e + 1]) for e in layout.adapters) if strategy == "segments" else ()
-    base_TO = None if base_BTO is None else base_BTO.reshape(batch * tokens, -1)
-    y = routed_lowrank(
-        x_BTD.reshape(batch * tokens, -1), (factors.a, factors.b), layout.spread(c_P), base_TO, layout, spans
-    )
-    return y.view(batch, tokens, -1)
+    return layout, layout.spread(c_P), spans
 
 
-def _bag(x_BTD: torch.Tensor, stack: LoraStack, plan: GroupPlan, base_BTO: torch.Tensor | None) -> torch.Tensor:
-    """All A rows at once, then only the own B rows of each token."""
-    batch, tokens, _ = x_BTD.shape
-    ids_T = (plan.ids if plan.ids.dim() == 2 else plan.ids[:, None].expand(batch, tokens)).reshape(-1)
+def _bags(stack: LoraStack, plan: GroupPlan, tokens: int) -> tuple[Bags, torch.Tensor]:
+    """The rank rows of every token, kept by the plan for stacks of these ranks, and its scaling ``(T,)``."""
+    ids_T = plan.ids.reshape(-1).repeat_interleave(tokens // len(plan.order))
     key, found = (stack.ranks, "bag"), plan.layouts.get((stack.ranks, "bag"))
     if found is None or found[0] != tokens:
         with torch.inference_mode(False):
             found = plan.layouts[key] = tokens, make_bags(stack, ids_T[:, None])
-    c_T = stack.scaling_E.to(x_BTD.dtype)[ids_T.clamp(min=0)]
-    base_TO = None if base_BTO is None else base_BTO.reshape(batch * tokens, -1)
-    return bag_lowrank(x_BTD.reshape(batch * tokens, -1), stack, c_T, base_TO, found[1]).view(batch, tokens, -1)
+    return found[1], stack.scaling_E.to(stack.a_RD.dtype)[ids_T.clamp(min=0)]
 
 
 def _traced(x_BTD: torch.Tensor, stack: LoraStack, ids: torch.Tensor, base_BTO: torch.Tensor | None) -> torch.Tensor:

@@ -17,7 +17,14 @@ from compose.kernels.grouped_lora.plan import plan_groups
 from compose.kernels.lowrank import differentiated, lowrank
 from compose.kernels.mixture_lora import parameters
 from compose.kernels.mixture_lora.plan import Factors, MixturePlan, chosen_lines, keeps, prepared
-from compose.kernels.routed import copies_factors, equal_factors, grouped_mm_refuses, routed_lowrank, sort_tokens
+from compose.kernels.routed import (
+    copies_factors,
+    equal_factors,
+    grouped_mm_refuses,
+    laid_out,
+    routed_lowrank,
+    sort_tokens,
+)
 from compose.kernels.stack import LoraStack
 
 Strategy = Literal["none", "select", "stacked", "rows", "segments", "grouped_mm", "padded", "bag"]
@@ -125,18 +132,20 @@ def sparse_work(stack: LoraStack, indices: torch.Tensor, tokens: int, *, count: 
     """What the policy wants to know about indices ``(B, 1, K)`` or ``(B, T, K)``; ``count`` reads them."""
     counts = _counts(stack, indices) if count else {}
     ranks = [stack.ranks[adapter] for adapter in counts]
-    copies = bool(counts) and copies_factors(stack, tuple(counts), max(ranks))
+    lined = laid_out(tuple(counts), stack.ranks)
+    copies = bool(counts) and copies_factors(stack, lined, max(ranks))
     return policy.Work(
         tokens=tokens,
         lists=indices.shape[0] * indices.shape[1],
         chosen=indices.shape[2],
         rank=stack.max_rank,
         adapters=len(counts),
+        lined=len(lined),
         active_rows=stack.num_rows,
         all_rows=stack.num_rows,
         longest=max(counts.values()) if counts else 0,
         products=sum(number * stack.ranks[adapter] for adapter, number in counts.items()),
-        copied_rows=len(counts) * max(ranks) if copies else 0,
+        copied_rows=len(lined) * max(ranks) if copies else 0,
         width=stack.a_RD.shape[1] + stack.b_RO.shape[1],
         itemsize=stack.a_RD.dtype.itemsize,
     )

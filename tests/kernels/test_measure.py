@@ -12,11 +12,11 @@ CELL = measure.Cell(batch=4, tokens=1, adapters=2, used=2, chosen=1, width=16, r
 
 
 def work(tokens: int, rows: int) -> policy.Work:
-    return policy.Work(tokens, tokens, 1, 4, 2, rows, rows, tokens, tokens * 4, 0, 32, 4)
+    return policy.Work(tokens, tokens, 1, 4, 2, 2, rows, rows, tokens, tokens * 4, 0, 32, 4)
 
 
 def test_a_fit_finds_the_constants_that_made_the_times():
-    true = (5.0, 0.002, 0.01, 0.003, 0.0)
+    true = (5.0, 0.002, 0.01, 0.003, 0.0, 0.0, 0.0)
     shapes = [work(tokens, rows) for tokens in (4, 32, 100, 700) for rows in (2, 8, 90)]
     measured = [measure.Measured(CELL, w, {"stacked": policy.cost("stacked", w, true)}) for w in shapes]
     found = measure.fit(measured)["stacked"]
@@ -25,7 +25,7 @@ def test_a_fit_finds_the_constants_that_made_the_times():
 
 
 def test_regret_is_the_chosen_time_over_the_least():
-    constants = {"stacked": (1.0, 0.0, 0.0, 0.0, 0.0), "segments": (2.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
+    constants = {"stacked": (1.0,) + (0.0,) * 6, "segments": (2.0,) + (0.0,) * 7}
     measured = [measure.Measured(CELL, work(4, 8), {"stacked": 30.0, "segments": 20.0})]
     assert measure.regrets(measured, constants) == [1.5]
     lines = measure.report("grouped float32 inference", measured, constants)
@@ -56,6 +56,7 @@ def test_the_command_measures_a_section_and_stores_what_the_policy_reads(monkeyp
     table, cells = tmp_path / "policy_table.py", tmp_path / "cells.jsonl"
     monkeypatch.setattr(policy_table, "__file__", str(table))
     monkeypatch.setattr(measure, "cells", lambda op: [CELL, CELL._replace(width=32)])
+    monkeypatch.setattr(policy, "multiplies_in_tiles", lambda: False)
     measure.main(["mixture bfloat16 inference", "--cells", str(cells)])
     costs = runpy.run_path(str(table))["COSTS"]
     assert set(costs) == set(policy_table.COSTS)
@@ -63,6 +64,21 @@ def test_the_command_measures_a_section_and_stores_what_the_policy_reads(monkeyp
     assert costs["mixture bfloat16 inference"] != policy_table.COSTS["mixture bfloat16 inference"]
     assert "2 cells, mean regret" in capsys.readouterr().out
     assert [json.loads(line)[0] for line in cells.read_text().splitlines()] == ["mixture bfloat16 inference"] * 2
+
+
+@pytest.mark.parametrize(
+    ("tiles", "limit", "refused"),
+    [(True, None, "bfloat16"), (True, "AVX512_CORE_BF16", "bfloat16_amx"), (False, None, "bfloat16_amx")],
+    ids=["tiles", "tiles unused", "no tiles"],
+)
+def test_a_table_is_not_measured_on_a_cpu_it_is_not_for(monkeypatch, capsys, tiles, limit, refused):
+    monkeypatch.setattr(policy, "multiplies_in_tiles", lambda: tiles)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    with pytest.raises(SystemExit):
+        measure.main([f"grouped {refused} inference"])
+    assert "cannot be measured" in capsys.readouterr().err
 
 
 def test_an_unknown_section_is_refused_with_the_known_ones(capsys):

@@ -11,6 +11,7 @@ from compose.kernels.routed import (
     copies_factors,
     equal_factors,
     grouped_mm_refuses,
+    laid_out,
     routed_lowrank,
     sort_tokens,
 )
@@ -48,6 +49,34 @@ def test_several_adapters_per_token_and_one_named_twice():
     layout = sort_tokens(plan_groups(torch.tensor([2, 2, 0, 2])), RANKS, chosen=2)
     assert layout.source_Q.tolist() == [1, 0, 0, 1]
     assert layout.place_TK.tolist() == [[1, 2], [0, 3]]
+
+
+def test_adapters_between_those_that_occur_are_laid_out_where_that_saves_copies():
+    assert laid_out((0, 1, 3), (4, 4, 4, 4)) == (0, 1, 2, 3)
+    assert laid_out((0, 1, 3), (4, 4, 0, 4)) == (0, 1, 3)
+    assert laid_out((0, 3), (4, 4, 4, 4)) == (0, 3)
+    assert laid_out((2,), (4, 4, 4, 4)) == (2,)
+    assert laid_out((), (4,)) == ()
+    layout = sort_tokens(plan_groups(torch.tensor([3, 0, 1, 1])), (4, 4, 4, 4), padded=True)
+    assert layout.adapters == (0, 1, 2, 3)
+    assert layout.bounds == (0, 2, 4, 6, 8)
+    assert layout.place_TK.flatten().tolist() == [6, 0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("ids", "padded", "expected"),
+    [
+        ([0, 0, 1, 2], False, True),
+        ([0, 0, 1, 2], True, False),
+        ([0, 0, 1, 1], True, True),
+        ([0, 1, 0, 2], False, False),
+        ([-1, 0, 1, 2], False, False),
+    ],
+    ids=str,
+)
+def test_tokens_that_lie_as_their_lines_do_are_noticed(ids, padded, expected):
+    assert sort_tokens(plan_groups(torch.tensor(ids)), (2, 2, 2), padded=padded).in_order is expected
+    assert not sort_tokens(plan_groups(torch.tensor([0, 0, 1, 1])), (2, 2), chosen=2).in_order
 
 
 def test_factors_of_neighbours_with_equal_ranks_are_views(make_stack):

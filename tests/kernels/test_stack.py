@@ -15,6 +15,17 @@ def test_row_coefficients_repeat_each_gate_times_its_scaling(make_stack):
     torch.testing.assert_close(stack.row_coefficients(gates), expected)
 
 
+def test_row_coefficients_of_equal_ranks_are_those_of_picked_columns(make_stack):
+    stack = make_stack((3, 3))
+    gates = torch.randn(2, 4, 2, dtype=torch.float64, requires_grad=True)
+    expected = (gates * stack.scaling_E.double()).index_select(-1, stack.index.adapter_R)
+    found = stack.row_coefficients(gates)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert found.is_contiguous()
+    seed = torch.randn(2, 4, 6, dtype=torch.float64)
+    torch.testing.assert_close(*(torch.autograd.grad((c * seed).sum(), gates)[0] for c in (found, expected)))
+
+
 def test_index_tells_owner_position_and_rows():
     stack = LoraStack(torch.zeros(3, 2), torch.zeros(3, 2), torch.ones(3), (2, 0, 1))
     assert stack.offsets == (0, 2, 2, 3)

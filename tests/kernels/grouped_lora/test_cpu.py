@@ -133,6 +133,55 @@ def test_every_strategy_in_low_precision_has_the_results_and_gradients_of_float6
         assert (mine - theirs).norm() <= bound * theirs.norm()
 
 
+@pytest.mark.parametrize(("dtype", "bound"), LOW_PRECISION, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", [(3, 0, 8, 1, 16), (8, 8, 8, 8, 8)], ids=str)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "grouped_mm", None])
+@pytest.mark.parametrize(
+    "ids", [[0, 2, -1, 2, 4, 3], [0, 0, 2, 2, 3, 4], [[4, 1, 0, 2, 2]] * 6], ids=["rows", "in order", "tokens"]
+)
+def test_without_gradients_every_strategy_equals_float64_and_base_is_its_callers(
+    make_stack, ids, strategy, ranks, dtype, bound
+):
+    stack, ids = make_stack(ranks, 16, 16, dtype=dtype), torch.tensor(ids)
+    plan = plan_groups(ids)
+    x, base = torch.randn(6, 5, 16).to(dtype), torch.randn(6, 5, 16).to(dtype)
+    kept = base.clone()
+    expected = reference.forward(x.double(), _exact(stack), ids, base=base.double())
+    for _ in range(2):  # the second call runs what the first prepared
+        y = cpu.forward(x, stack, ids, base=base, plan=plan, strategy=strategy)
+        assert (y - expected).norm() <= bound * expected.norm()
+        torch.testing.assert_close(base, kept, rtol=0, atol=0)
+    y = cpu.forward(x, stack, ids, base=base, plan=plan, strategy=strategy, reuse_base=True)
+    assert (y - expected).norm() <= bound * expected.norm()
+    fewer = cpu.forward(
+        x[:, :2],
+        stack,
+        ids if ids.dim() == 1 else ids[:, :2],
+        base=None,
+        plan=plan_groups(ids if ids.dim() == 1 else ids[:, :2]),
+        strategy=strategy,
+    )
+    assert (fewer - (expected - kept)[:, :2]).norm() <= bound * expected.norm()
+
+
+def test_what_a_forward_needs_is_prepared_once_per_number_of_tokens(make_stack, monkeypatch):
+    calls = []
+    prepare = cpu._forward
+    monkeypatch.setattr(cpu, "_forward", lambda *args: calls.append(args[-1]) or prepare(*args))
+    stack, ids = make_stack(), torch.tensor([2, 0, 4])
+    plan = plan_groups(ids)
+    for tokens in (5, 5, 2, 5):
+        x = torch.randn(3, tokens, 13, dtype=torch.float64)
+        y = cpu.forward(x, stack, ids, base=None, plan=plan)
+        torch.testing.assert_close(y, reference.forward(x, stack, ids, base=None))
+    assert calls == [15, 6]
+    trained = make_stack(trained=True)
+    with torch.no_grad():
+        for _ in range(2):  # nothing is kept that training may change
+            cpu.forward(torch.randn(3, 13, dtype=torch.float64), trained, ids, base=None, plan=plan)
+    assert calls == [15, 6, 3, 3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_widths_that_grouped_mm_refuses_run_by_other_strategies(make_stack, dtype):
     stack = make_stack((3, 3, 3), 130, 130, dtype=dtype)

@@ -117,7 +117,10 @@ def test_widths_that_grouped_mm_refuses_run_by_other_strategies(make_stack):
     with pytest.raises(BackendUnavailableError, match="rows of 130"):
         cpu.forward(*operands, base=None, combine="outputs", strategy="grouped_mm")
     y = cpu.forward(*operands, base=None, combine="outputs")
-    torch.testing.assert_close(y, reference.forward(*operands, base=None, combine="outputs"))
+    x, _, gates, indices = operands
+    exact = LoraStack(stack.a_RD.double(), stack.b_RO.double(), stack.scaling_E, stack.ranks)
+    expected = reference.forward(x.double(), exact, gates.double(), indices, base=None, combine="outputs")
+    assert (y - expected).norm() <= 2e-6 * expected.norm()  # a float32 sum may differ from another one by more
 
 
 @pytest.mark.parametrize(
