@@ -42,6 +42,7 @@ class SiteRouter(nn.Module):
         present_E = shape.available_E
         shape = shape._replace(available_E=present_E & ~always_E)
         self.register_buffer("available_E", shape.available_E, persistent=False)
+        self.num_available = int(shape.available_E.sum())
         self.register_buffer("always_E", (always_E & present_E).float(), persistent=False)
         self.constant = not bool(shape.available_E.any())  # nothing to choose from: always-on experts alone
         self.gate = None if spec.gate is None or self.constant else spec.gate.build(shape)
@@ -77,7 +78,8 @@ class SiteRouter(nn.Module):
         spec = self.spec
         gates, ids = renormalise(spec.renormalise, selected), selected.expert_ids
         if seen.training and spec.capacity is not None:
-            gates = limit_capacity(gates, ids, self.num_experts, spec.capacity, _real(seen, gates))
+            real = _real(seen, gates)
+            gates = limit_capacity(gates, ids, self.num_experts, spec.capacity, real, available=self.num_available)
         if self.post_E is not None:
             post = self.post_E if ids is None else self.post_E[ids]
             gates = gates + post if spec.post == "bias" else gates * post
