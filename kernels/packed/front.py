@@ -81,7 +81,7 @@ def forward(
     packed = packed_of(stack)
     table = None
     if shape == "tiles" and per_entry == 1 and ids is not None:
-        block = tuning.tiles_config(x.dtype, x.device, x.shape[-1], out, packed.block, None).bm
+        block = _tile_block(x.dtype, x.device, x.shape[-1], out, packed.block)
         table = _table(ids, stack.num_adapters, block, tables)
     ids = None if ids is None else ids.contiguous()
     gates = None if gates is None else gates.contiguous()
@@ -97,6 +97,12 @@ def _shape(stack: LoraStack | SlicedStack, ids: torch.Tensor | None, per_entry: 
     if ids is None or rows <= _DENSE_ROWS * ids.shape[1]:
         return "dense"
     return "tiles" if long or per_entry > 1 else "rows"
+
+
+@torch.compiler.assume_constant_result
+def _tile_block(dtype: torch.dtype, device: torch.device, width: int, out: int, block: int) -> int:
+    """Sorted tokens per tile; a constant for the compiler, which cannot trace the look-up in tables."""
+    return tuning.tiles_config(dtype, device, width, out, block, None).bm
 
 
 def _table(

@@ -6,6 +6,7 @@ With ``h = x firstᵀ``, ``z = c h`` and ``dz = dy secondᵀ`` per rank row: ``d
 
 from __future__ import annotations
 
+import threading
 from functools import cached_property
 from typing import NamedTuple
 
@@ -53,6 +54,7 @@ def backward(
         wanted: What to compute.
         onto: ``(M, D)``: the gradient of ``x`` is added to it, in place.
     """
+    _make_context_current(dy)
     grads = [dy.new_empty(0) for _ in wanted]
     gating = wanted.scaling or wanted.gates
     side = _Dense(packed, route) if route.shape == "dense" else _Pairs(packed, route)
@@ -68,6 +70,20 @@ def backward(
         if route.gates is not None:
             grads[4] = dgates.to(route.gates.dtype)
     return [grad if need else dy.new_empty(0) for grad, need in zip(grads, wanted, strict=True)]
+
+
+_threads = threading.local()
+
+
+def _make_context_current(dy: torch.Tensor) -> None:
+    """Run something of torch once per thread: Triton's launches leave a new thread of autograd without a context.
+
+    Otherwise cuBLAS is the first to want one, and warns.
+    """
+    known = _threads.__dict__.setdefault("devices", set())
+    if dy.is_cuda and dy.device not in known:
+        dy.new_zeros(1)
+        known.add(dy.device)
 
 
 class _Dense:
@@ -99,8 +115,8 @@ class _Dense:
         num_adapters = self.packed.scaling_E.shape[0]
         gates = self.route.gates
         if self.route.ids is None and gates is not None and self.tokens == 1 and not scaling:
-            own = {"scaling_E": self.packed.scaling_E, "dtype": gates.dtype}
-            return None, row_sums(h, dz, self.packed.adapter_R, num_adapters, **own)
+            scaling_E, owner_R = self.packed.scaling_E, self.packed.adapter_R
+            return None, row_sums(h, dz, owner_R, num_adapters, scaling_E=scaling_E, dtype=gates.dtype)
         sums_ME = row_sums(h, dz, self.packed.adapter_R, num_adapters)
         sums_NE = sums_ME if self.tokens == 1 else sums_ME.view(-1, self.tokens, num_adapters).sum(1)
         dscaling = (self.gates * sums_NE).sum(0) if scaling else None

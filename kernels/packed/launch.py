@@ -69,10 +69,10 @@ class Packed(NamedTuple):
 
 def packed_of(stack: LoraStack | SlicedStack) -> Packed:
     """Return what kernels read of ``stack``; made once, and live as the tensors are the stack's own."""
-    found = stack.derived.get("packed")
+    found: Packed | None = stack.derived.get("packed")
     if found is None:
-        make = _packed_sliced if isinstance(stack, SlicedStack) else _packed
-        found = stack.derived["packed"] = make(stack)
+        found = _packed_sliced(stack) if isinstance(stack, SlicedStack) else _packed(stack)
+        stack.derived["packed"] = found
     return found
 
 
@@ -254,7 +254,7 @@ def _dense(
 ) -> None:  # fmt: skip
     (tokens, width), rows = x.shape, first.shape[0]
     out, few = max(outputs.widths), 0 if route.long else tokens
-    config = tuning.dense_config(x.dtype, x.device, width, rows, out, outputs.rows, few)
+    config = tuning.dense_config(x.dtype, x.device, width, rows, out, outputs.rows, few, bare=base is None)
     pdl, planes, save = tuning.dependent_launch(x.device), route.in_planes, saved.h is not None
     z = saved.z if planes or saved.z is not None else x.new_empty(tokens, rows)
     parts = x.new_empty(config.splits, tokens, rows, dtype=torch.float32) if planes else saved.h

@@ -143,14 +143,14 @@ def _backward_of_slices(
     if dx is None and wanted.x:
         dx = dy.new_zeros(dy.shape[0], first.shape[1])
     _, dfirst, dsecond, dscaling, dgates = zip(*found, strict=True)
-    grads = (
+    joined = (
         dx,
         torch.cat(dfirst) if wanted.first else None,
         torch.cat([one.reshape(-1) for one in dsecond]) if wanted.second else None,
         torch.stack(dscaling) if wanted.scaling else None,
         torch.stack(dgates).sum(0) if wanted.gates else None,
     )
-    return [_or_empty(one, dy) for one in grads]
+    return [_or_empty(one, dy) for one in joined]
 
 
 def _packed_slice(packed: Packed, s: int, first_row: int) -> Packed:

@@ -34,6 +34,7 @@ class Trial:
         per_example: Ids name one adapter per example instead of one per token.
         width: ``D``.
         out: ``O``.
+        bare: Without a base.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Trial:
     per_example: bool = False
     width: int = 4096
     out: int = 4096
+    bare: bool = False
 
     @property
     def exact(self) -> tuple[int, ...]:
@@ -51,6 +53,8 @@ class Trial:
         block = tuning.rank_block(self.ranks)
         if self.kind == "rows":
             return block, max(1, self.top)
+        if self.kind == "dense many":
+            return (int(self.bare),)
         return (block, int(not self.per_example)) if self.kind == "tiles" else ()
 
     @property
@@ -72,7 +76,7 @@ class Trial:
             tokens = self.lead[0][-1] if self.per_example else None
             return tuning.tiles_config(dtype, device, self.width, self.out, block, tokens)
         tokens = 0 if self.kind == "dense many" else self.lead[0][0]
-        config = tuning.dense_config(dtype, device, self.width, rows, self.out, rows, tokens)
+        config = tuning.dense_config(dtype, device, self.width, rows, self.out, rows, tokens, bare=self.bare)
         if self.kind == "dense many":
             return config
         kind = tuning.CONFIGS[self.kind]
@@ -95,6 +99,7 @@ TRIALS = (
     _few("dense-128", 128),
     _few("dense-512", 512),
     Trial("dense-many", "dense many", ((1, 16384),), (16,) * 8),
+    Trial("dense-many-bare", "dense many", ((1, 16384),), (16,) * 8, bare=True),
     Trial("tiles-sorted", "tiles", ((1, 16384),), (16,) * 64, 2),
     Trial("tiles-512", "tiles", ((8, 512),), (16,) * 32, per_example=True),
     Trial("tiles-2048", "tiles", ((8, 2048),), (16,) * 32, per_example=True),
@@ -183,7 +188,7 @@ class Operands:
         rows, num_adapters = sum(trial.ranks), len(trial.ranks)
         a, b = normal(rows, trial.width, scale=trial.width**-0.5), normal(rows, trial.out, scale=0.25)
         stack = LoraStack(a, b, torch.ones(num_adapters, device=device), trial.ranks)
-        x, base = normal(*lead, trial.width), normal(*lead, trial.out)
+        x, base = normal(*lead, trial.width), None if trial.bare else normal(*lead, trial.out)
         entries = lead[0] if trial.per_example else torch.Size(lead).numel()
         scores = torch.randn(entries, num_adapters, generator=generator, device=device)
         if trial.top < 0:

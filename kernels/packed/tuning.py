@@ -141,7 +141,15 @@ def rows_config(
 
 @lru_cache(maxsize=1024)
 def dense_config(
-    dtype: torch.dtype, device: torch.device, width: int, rows: int, out: int, rows_out: int, tokens: int
+    dtype: torch.dtype,
+    device: torch.device,
+    width: int,
+    rows: int,
+    out: int,
+    rows_out: int,
+    tokens: int,
+    *,
+    bare: bool = False,
 ) -> DenseConfig:
     """Blocks of the dense kernels.
 
@@ -153,18 +161,21 @@ def dense_config(
         out: ``O``, of the widest slice.
         rows_out: Rank rows of the slice that has most of them.
         tokens: 0: many. With few tokens their number decides blocks of tokens and columns only.
+        bare: There is no base to read, as in a backward pass.
     """
     wide = dtype.itemsize > 2
     br, br_out, sizes = power_of_two(rows), min(128, power_of_two(rows_out)), (width, out, rows_out)
     if not tokens:
-        many = _measured("dense many", dtype, device, (), sizes)
+        many = _measured("dense many", dtype, device, (1,), sizes) if bare else None
+        many = many or _measured("dense many", dtype, device, (0,), sizes)
         if many is None:
             bk = 32 if wide else 64
             many = DenseConfig(1, 64, 128, bk, 4, 4, 32, br_out, 64 if wide else 128, 3, 4, 384)
         bk, bn = min(many.bk, power_of_two(width)), min(many.bn, power_of_two(out))
         return many._replace(bk=bk, br=min(many.br, br), br_out=min(many.br_out, br_out), bn=bn)
     sums = _measured("dense sums", dtype, device, (), sizes) or DenseSums(4, 64 if wide else 128, br_out)
-    blocks = _measured("dense few", dtype, device, (), (*sizes, tokens))
+    bucket = max(16, min(512, tokens))
+    blocks = _measured("dense few", dtype, device, (), (*sizes, bucket))
     if blocks is None:
         large = tokens > 64 and not wide
         blocks = DenseBlocks(16, 32, 8, 4, 32, 128, 8) if large else DenseBlocks(16, 16, 8, 4, 16, 64, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.library import opcheck
 from compose.errors import BackendUnavailableError
 from compose.kernels import checks
 from compose.kernels.grouped_lora.op import grouped_lora
-from compose.kernels.packed import front, op
+from compose.kernels.packed import front, op, tuning
 
 LAUNCHES = ("rows", "dense", "dense long", "tiles", "tiles sorted")
 SMALL = {"ranks": (3, 0, 17, 8), "width": 12, "out": 7}
@@ -55,6 +56,21 @@ def test_compiled_without_a_break_it_computes_the_same(launch, force, make_probl
     assert max(error(got, want) for got, want in zip(found, wanted, strict=True)) <= 1e-6
     with torch.no_grad():
         assert error(compiled(*operands), expected) <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler about its own parts
+def test_a_look_up_in_tables_does_not_break_the_graph(force, make_problem, monkeypatch, error):
+    """On a GPU it asks for the device's name and reads files, which the compiler cannot trace."""
+    force("tiles sorted")
+    read = []
+    monkeypatch.setattr(tuning, "_measured", lambda *given: read.append(Path(__file__).read_text()[:1]) or None)
+    tuning.forget()
+    problem = make_problem("tiles sorted", 2, **SMALL)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: problem.run(x=x * 2), fullgraph=True, backend="aot_eager")
+    assert error(compiled(problem.x), problem.run(x=problem.x * 2)) <= 1e-6
+    assert read
+    tuning.forget()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler about its own parts
