@@ -178,7 +178,7 @@ class RoutingSession:
         """
         self._settle()
         before = self._records, self._keeps_inputs
-        self._records, self._keeps_inputs = [], inputs
+        self._records, self._keeps_inputs = [], inputs or self._keeps_inputs
         try:
             yield self._records
         finally:
