@@ -46,8 +46,8 @@ class RoutingContext:
 
     def of_encoder(self) -> RoutingContext:
         """The context for an encoder: labels per token are the decoder's; a row's expert is the one they agree on."""
-        labels = self.expert_labels
-        return replace(self, labels=None, expert_labels=labels if labels is None or labels.dim() == 1 else agreed(labels))
+        given = self.expert_labels
+        return replace(self, labels=None, expert_labels=given if given is None or given.dim() == 1 else agreed(given))
 
     def real(self, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
         """Bool ``(B, T)``: the last ``tokens`` positions, False for padding."""

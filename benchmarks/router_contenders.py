@@ -1,0 +1,65 @@
+"""The mixtures that the router study trains on the demo: which preset, over which experts, for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from compose.routers.losses.gate_ce import GateCrossEntropy
+
+EXPERT_LABELS = (GateCrossEntropy(coefficient=1.0, level="token"),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One row of the study's table.
+
+    Attributes:
+        preset: Of `compose.routers.PRESETS`.
+        options: Fields of the mixture that differ from the preset's.
+        over_bank: Over the demo's 36 adapters; else over the fresh experts of the preset.
+        learning_rate: The highest; falls linearly.
+        told: What it knows of an item that others do not: ``""``, ``"the task"``.
+        prepare: Made of the training records before or instead of training: ``"phatgoose"``, ``"calibrate"``,
+            ``"clusters"``.
+    """
+
+    preset: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    over_bank: bool = True
+    learning_rate: float = 3e-3
+    told: str = ""
+    prepare: str = ""
+
+
+ROUTER = {"train": "router"}
+
+CONTENDERS: dict[str, Contender] = {
+    "hmora, taught the expert": Contender(preset="hmora", options={**ROUTER, "losses": EXPERT_LABELS}),
+    "hmora": Contender(preset="hmora", options=ROUTER),
+    "moa": Contender(preset="moa"),
+    "moa, one gate": Contender(preset="moa", options={"site": "model", "gate_input": "first_pass"}),
+    "meteora": Contender(preset="meteora"),
+    "xlora": Contender(preset="xlora"),
+    "xlora, one gate per target": Contender(preset="xlora_layerwise"),
+    "lora_flow": Contender(preset="lora_flow"),
+    "smear": Contender(preset="smear", options=ROUTER),
+    "molora": Contender(preset="molora", options=ROUTER),
+    "mola": Contender(preset="mola", options=ROUTER),
+    "moelora_task": Contender(preset="moelora_task", options=ROUTER, told="the task", learning_rate=1e-2),
+    "mocle": Contender(preset="mocle", options={**ROUTER, "always_on": (), "universal": "none"}, prepare="clusters"),
+    "phatgoose": Contender(preset="phatgoose", prepare="phatgoose"),
+    "arrow": Contender(preset="arrow"),
+    "spectr": Contender(preset="spectr"),
+    "avg_act": Contender(preset="avg_act", prepare="calibrate"),
+    "molora, fresh experts": Contender(preset="molora", over_bank=False),
+    "mola, fresh experts": Contender(preset="mola", over_bank=False),
+    "hydralora, fresh experts": Contender(preset="hydralora", over_bank=False),
+    "moelora_task, fresh experts": Contender(preset="moelora_task", over_bank=False, told="the task"),
+    "mocle, fresh experts": Contender(preset="mocle", over_bank=False, prepare="clusters"),
+    "none_r8": Contender(preset="none_r8", over_bank=False),
+    "none_r64": Contender(preset="none_r64", over_bank=False),
+}
+
+Chosen = Callable[[str], bool]
