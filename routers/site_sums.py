@@ -155,7 +155,7 @@ def _columns(decisions: Decisions, counted_N: torch.Tensor) -> torch.Tensor:
     chosen_NE = gates_NE != 0
     dominant_N = dominant_expert(decisions)
     dominant_NE = torch.nn.functional.one_hot(dominant_N + 1, len(available_E) + 1)[:, 1:].double()
-    named_N = decisions.labels_N.clamp_min(0)
+    named_N = _named_experts(decisions)
     labelled_N = (decisions.labels_N >= 0) & available_E[named_N]
     pairs_N, switches_N = _neighbours(decisions, counted_N, dominant_N)
     scalars = (
@@ -172,6 +172,15 @@ def _columns(decisions: Decisions, counted_N: torch.Tensor) -> torch.Tensor:
     )
     narrow = torch.stack([values.double() for values in scalars], -1)
     return torch.cat([narrow, importance_NE, load_NE, chosen_NE.double(), dominant_NE], -1)
+
+
+def _named_experts(decisions: Decisions) -> torch.Tensor:
+    """The labels as indices; 0 where there is none."""
+    labels_N, experts = decisions.labels_N, len(decisions.available_E)
+    largest = int(labels_N.max()) if len(labels_N) else -1
+    if largest >= experts:
+        raise IncompatibleError(f"{decisions.site}: expert label {largest}, but there are {experts} experts")
+    return labels_N.clamp_min(0)
 
 
 def _neighbours(

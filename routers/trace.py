@@ -57,6 +57,7 @@ class RoutingTrace:
     cosines: tuple[tuple[float | None, ...], ...] | None = None
     strips: tuple[TokenStrip, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
+    _found: dict[tuple[str, str | None], SiteMetrics | None] = field(default_factory=dict, init=False, repr=False)
 
     def metrics(self, site: str, task: str | None = None) -> SiteMetrics | None:
         """Measures of a site, of one task or of all together; None where nothing was counted.
@@ -64,11 +65,14 @@ class RoutingTrace:
         Raises:
             UnknownNameError: No such site or task.
         """
-        sums = next((each for each in self.sites if each.site == site), None)
-        if sums is None:
-            raise UnknownNameError(unknown_name("site", site, [each.site for each in self.sites]))
-        found = metrics_of(sums, self._line(task))
-        return found if found.decisions or found.switch_rate is not None else None
+        if (site, task) not in self._found:
+            sums = next((each for each in self.sites if each.site == site), None)
+            if sums is None:
+                raise UnknownNameError(unknown_name("site", site, [each.site for each in self.sites]))
+            found = metrics_of(sums, self._line(task))
+            measured = found.decisions or found.switch_rate is not None
+            self._found[site, task] = found if measured else None
+        return self._found[site, task]
 
     def overall(self, task: str | None = None) -> SiteMetrics | None:
         """Means over all sites at which something was counted; None where nothing was."""

@@ -18,7 +18,7 @@ from compose.report.plain import NONE
 
 ROW_HEIGHT = 26
 MINUS = "\N{MINUS SIGN}"
-_ROW = Markup('<svg class="row" width="100%" height="{}" aria-hidden="true">{}</svg>')
+ROW = Markup('<svg class="row" width="100%" height="{}" aria-hidden="true">{}</svg>')
 _GRID = Markup('<line class="{}" x1="{:.2f}%" x2="{:.2f}%" y1="-4" y2="{}"/>')
 _TEXT = Markup('<text class="tick" x="{:.2f}%" y="{}" text-anchor="middle">{}</text>')
 
@@ -90,18 +90,18 @@ def percent(value: float | None) -> str:
 def axis_row(scale: Scale, write: Callable[[float], str] = tick_label) -> Markup:
     """Return the tick labels that stand below the rows of a chart."""
     labels = (_TEXT.format(scale.at(tick), 14, write(tick)) for tick in scale.ticks())
-    return _ROW.format(20, Markup("").join(labels))
+    return ROW.format(20, Markup("").join(labels))
 
 
 def interval_row(scale: Scale, value: float, low: float | None, high: float | None, *, strong: bool) -> Markup:
     """Return one dot with its interval, for a dot plot; ``strong`` marks the row the page is about."""
     middle, series = ROW_HEIGHT // 2, "main" if strong else "other"
-    parts = [_gridlines(scale, ROW_HEIGHT)]
+    parts = [gridlines(scale, ROW_HEIGHT)]
     if low is not None and high is not None:
         line = Markup('<line class="whisker {}" x1="{:.2f}%" x2="{:.2f}%" y1="{}" y2="{}"/>')
         parts.append(line.format(series, scale.at(low), scale.at(high), middle, middle))
     parts.append(_dot(scale.at(value), middle, 5.5 if strong else 4.5, series))
-    return _ROW.format(ROW_HEIGHT, Markup("").join(parts))
+    return ROW.format(ROW_HEIGHT, Markup("").join(parts))
 
 
 def bar_row(scale: Scale, value: float) -> Markup:
@@ -110,7 +110,7 @@ def bar_row(scale: Scale, value: float) -> Markup:
     bar = Markup('<rect class="{}" x="{:.2f}%" width="{:.2f}%" y="5" height="{}" rx="2"/>').format(
         "negative" if value < 0 else "positive", min(zero, end), abs(end - zero), ROW_HEIGHT - 10
     )
-    return _ROW.format(ROW_HEIGHT, _gridlines(scale, ROW_HEIGHT) + bar)
+    return ROW.format(ROW_HEIGHT, gridlines(scale, ROW_HEIGHT) + bar)
 
 
 def dumbbell_row(scale: Scale, before: float, after: float) -> Markup:
@@ -120,7 +120,7 @@ def dumbbell_row(scale: Scale, before: float, after: float) -> Markup:
         series, scale.at(before), scale.at(after), middle, middle
     )
     dots = _dot(scale.at(before), middle, 4.5, "hollow") + _dot(scale.at(after), middle, 5, series)
-    return _ROW.format(ROW_HEIGHT, _gridlines(scale, ROW_HEIGHT) + line + dots)
+    return ROW.format(ROW_HEIGHT, gridlines(scale, ROW_HEIGHT) + line + dots)
 
 
 def heat_row(values: Sequence[float | None], largest: float, *, show_values: bool) -> Markup:
@@ -141,7 +141,7 @@ def heat_row(values: Sequence[float | None], largest: float, *, show_values: boo
             text = Markup('<text class="{}" x="{:.3f}%" y="{}" text-anchor="middle">{}</text>')
             ink = "on-strong" if strength > 0.72 else "on-weak"
             parts.append(text.format(ink, (position + 0.5) * width, ROW_HEIGHT // 2 + 3, short(value)))
-    return _ROW.format(ROW_HEIGHT, Markup("").join(parts))
+    return ROW.format(ROW_HEIGHT, Markup("").join(parts))
 
 
 def heat_header(labels: Sequence[str]) -> Markup:
@@ -150,7 +150,7 @@ def heat_header(labels: Sequence[str]) -> Markup:
     width = 100.0 / max(1, len(labels))
     every = math.ceil(len(labels) / 40)
     texts = (_TEXT.format((i + 0.5) * width, 14, word) for i, word in enumerate(words) if i % every == 0)
-    return _ROW.format(20, Markup("").join(texts))
+    return ROW.format(20, Markup("").join(texts))
 
 
 def short(value: float) -> str:
@@ -189,6 +189,34 @@ def convergence(history: Sequence[Sequence[float]], *, height: int = 240, limit:
     return frame.format(height + 24, label, body.replace("HEIGHT", str(height)))
 
 
+def line_plot(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], label: str, *, height: int = 200) -> Markup:
+    """Return lines over one horizontal axis, from zero or the smallest value up.
+
+    Args:
+        series: CSS class and points ``(x, y)`` of every line, x rising; points that are not finite are left out.
+        label: What a screen reader says of it.
+        height: Of the plot, in pixels.
+
+    Returns:
+        The drawing; nothing where no line has a point.
+    """
+    drawn = [(name, _thin([one for one in points if all(map(math.isfinite, one))], 400)) for name, points in series]
+    drawn = [(name, points) for name, points in drawn if points]
+    if not drawn:
+        return Markup("")
+    horizontal = Scale.covering([x for _, points in drawn for x, _ in points], include=[0.0])
+    vertical = Scale.covering([y for _, points in drawn for _, y in points], include=[0.0])
+    path = Markup('<path class="line {}" d="{}" vector-effect="non-scaling-stroke"/>')
+    lines = []
+    for name, points in drawn:
+        places = [f"{horizontal.at(x):.2f} {100 - vertical.at(y):.2f}" for x, y in points]
+        lines.append(path.format(name, "M" + "L".join(places if len(places) > 1 else [places[0], places[0]])))
+    frame = Markup('<svg width="100%" height="{}" viewBox="0 0 100 100" preserveAspectRatio="none">{}</svg>')
+    body = _plot_grid(horizontal, vertical, height) + frame.format(height, Markup("").join(lines))
+    outer = Markup('<svg class="plot" width="100%" height="{}" role="img" aria-label="{}">{}</svg>')
+    return outer.format(height + 24, label, body)
+
+
 def _stepped(points: Sequence[Sequence[float]], horizontal: Scale, vertical: Scale) -> Markup:
     x, y = horizontal.at(points[0][0]), 100 - vertical.at(points[0][2])
     steps = [f"M{x:.2f} {y:.2f}"]
@@ -210,7 +238,8 @@ def _plot_grid(horizontal: Scale, vertical: Scale, height: int) -> Markup:
     return Markup("").join(parts)
 
 
-def _gridlines(scale: Scale, height: int) -> Markup:
+def gridlines(scale: Scale, height: int) -> Markup:
+    """Return the vertical lines behind one row of a chart; the one at zero is stronger."""
     lines = (
         _GRID.format("zero" if abs(tick) < 1e-12 else "grid", scale.at(tick), scale.at(tick), height + 4)
         for tick in scale.ticks()

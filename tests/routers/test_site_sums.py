@@ -78,6 +78,11 @@ def test_tasks_stand_on_their_own_lines() -> None:
         sums_of(given, num_tasks=1, over="real")
 
 
+def test_a_label_without_an_expert_is_refused() -> None:
+    with pytest.raises(IncompatibleError, match="expert label 3, but there are 3 experts"):
+        sums_of(decisions(labels_N=torch.tensor([0, 3, -1, 0])), num_tasks=0, over="real")
+
+
 def test_experts_that_are_not_here_take_no_part() -> None:
     gates = torch.tensor([[0.5, 9.0, 0.5], [0.0, 9.0, 0.2]])  # an always-on expert has a gate, and is not routed
     given = decisions(
