@@ -113,6 +113,6 @@ def sparsegen(logits: torch.Tensor, sparsity: torch.Tensor) -> torch.Tensor:
     places = torch.arange(1, ordered.shape[-1] + 1, device=logits.device)
     sums = ordered.cumsum(-1)
     inside = (free + places * ordered > sums) & (ordered > float("-inf"))
-    count = inside.sum(-1, keepdim=True).clamp(min=1)
-    threshold = (torch.where(inside, ordered, 0).sum(-1, keepdim=True) - free) / count
+    kept = torch.where(inside, ordered, 0).sum(-1, keepdim=True)
+    threshold = (kept - free) / inside.sum(-1, keepdim=True)
     return torch.relu(shifted - threshold) / free

@@ -43,6 +43,13 @@ def test_more_sparsity_leaves_fewer_and_at_least_one():
     assert bool((kept[-1] >= 1).all())
 
 
+def test_an_offset_changes_nothing_even_where_it_swallows_one_minus_lambda():
+    z = torch.tensor([[0.0, 1.0, -2.0, 0.5]]) * 0.25  # exact beside the offset
+    for value in (-3.0, 0.0, 0.99):
+        sparsity = torch.tensor([value])
+        assert_close(sparsegen(z + 2.0**20, sparsity), sparsegen(z, sparsity))
+
+
 def test_equal_scores_share_equally():
     assert_close(sparsegen(torch.zeros(2, 4), torch.tensor([0.99, -5.0])), torch.full((2, 4), 0.25))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compose.errors import IncompatibleError
-from compose.routers.selectors.top_p import TopP
+from compose.routers.selectors.top_p import TopP, nucleus
 
 PROBS = torch.tensor([0.125, 0.5, 0.25, 0.125])
 
@@ -40,6 +40,9 @@ def test_missing_experts_are_never_in_the_nucleus(shape, seen):
     probs = torch.tensor([0.5, 0.0, 0.5, 0.0])
     for component in (TopP(p=1.0), TopP(p=0.1, at_least=4)):
         assert kept(component, shape, seen, probs, (True, False, True, False)) == [0.5, 0, 0.5, 0]
+    available = torch.tensor([True, False, True, False])
+    assert torch.equal(nucleus(probs, available, 1.0, 1), available)
+    assert torch.equal(nucleus(probs, available, 0.1, 4), available)
 
 
 def test_bad_options_are_refused():
