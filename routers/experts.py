@@ -49,7 +49,8 @@ def fresh_experts(  # noqa: PLR0913 - one parameter per choice of how experts st
             GOAT's rule, whose eta is alpha here.
         init: Of A; B is zero unless said otherwise. ``"kaiming"`` (uniform, a = sqrt 5); ``"normal"``;
             ``"kaiming_both"``: B too (MultiLoRA); ``"tied"``: kaiming, the same A for all experts (shared A);
-            ``"segments"``: A and B from segments of the weight's spectrum (`compose.routers.segments`);
+            ``"segments"``: A and B from segments of the weight's spectrum (`compose.routers.segments`), with a smaller
+            rank at targets whose segments hold fewer than ``r`` singular values;
             ``"empty"``: rank 0 (the experts are something else and the bank only names them).
         std: Of ``"normal"``.
         seed: See above.
@@ -68,7 +69,7 @@ def fresh_experts(  # noqa: PLR0913 - one parameter per choice of how experts st
     factor = float(rank if alpha is None else alpha)
     scalings = {target: _scaling(scaling, factor, rank, width) for target, (width, _) in widths.items()}
     if init == "segments":
-        made = _segments(model, counts, rank, scalings)
+        made = {target: _segments(model, target, count, rank, scaling, factor) for target, count in counts.items()}
     else:
         made = {
             target: [
@@ -167,15 +168,13 @@ def _scaling(rule: ScalingRule, alpha: float, rank: int, width: int) -> float:
     return alpha / (rank if rule == "alpha" else math.sqrt(rank))
 
 
-def _segments(
-    model: Any, counts: Mapping[str, int], rank: int, scalings: Mapping[str, float]
-) -> dict[str, list[LowRank]]:
+def _segments(model: Any, target: str, num_experts: int, rank: int, rule: ScalingRule, alpha: float) -> list[LowRank]:
     from compose.routers.segments import spectrum_segments  # it reads weights through this module
 
-    return {
-        target: spectrum_segments(model, target, num_experts=count, rank=rank, scaling=scalings[target])
-        for target, count in counts.items()
-    }
+    widths = linear_widths(model, target)
+    rank = max(1, min(rank, min(widths) // num_experts))
+    scaling = _scaling(rule, alpha, rank, widths[0])
+    return spectrum_segments(model, target, num_experts=num_experts, rank=rank, scaling=scaling)
 
 
 def _counts(targets: Sequence[str], num_experts: int | Sequence[int]) -> dict[str, int]:

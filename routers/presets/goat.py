@@ -22,10 +22,11 @@ def goat() -> Preset:
             "the residual is computed beside the base instead of being written into it (equal up to rounding)",
             "the balance coefficient 1e-3 is not a published value (a required argument of its scripts, 1 by default)",
             "no dropout on the experts' inputs (0.05 upstream)",
+            "at targets narrower than 32 an expert's rank is that of its segment; upstream's segments overlap there",
         ),
     )  # fmt: skip
     return Preset(
         paper="2502.16894", summary="top-2 experts that start as segments of the weight's spectrum", spec=spec,
         experts=FreshExperts(num_experts=8, rank=4, alpha=1.0, scaling="width", init="segments"),
-        limits="the base must not be quantised, and 8 segments must hold 4 singular values each",
+        limits="the base must not be quantised",
     )  # fmt: skip
