@@ -133,6 +133,14 @@ class _Losses:
 class Run:
     """One training run of a mixture.
 
+    Attributes:
+        routed: The mixture.
+        data: Encoded records.
+        settings: Of the run.
+        plan: Stages with their steps.
+        stage_data: The records of each stage.
+        history: Entries so far.
+
     Args:
         routed: The mixture; its weights change.
         data: Encoded records.
@@ -158,10 +166,10 @@ class Run:
         self.routed = routed
         self.data = data
         self.settings = settings
-        self.plan, self._stages = plan_stages(data.examples, stages, settings)
+        self.plan, self.stage_data = plan_stages(data.examples, stages, settings)
         self.history: list[dict[str, Any]] = []
         self._fingerprint = fingerprint(data, self.plan, settings)
-        self._progress = progress
+        self.progress = progress
         self._after_step = after_step
         self._balance = _balance(routed, settings)
         self._started = 0.0
@@ -226,7 +234,7 @@ class Run:
 
     def _step(self, step: int, optimiser: Optimiser) -> None:
         place = self.plan.place(step)
-        stage = self._stages[place.stage]
+        stage = self.stage_data[place.stage]
         rank, world = processes()
         losses = self._gradients(step, stage.sampler.batch(place.step, rank=rank, world=world), stage)
         sum_(optimiser.gradients())
@@ -283,7 +291,7 @@ class Run:
 
     def _report(self, step: int, stage: StageData, losses: _Losses, rates: tuple[float, float], norm: float) -> None:
         logged = (step + 1) % self.settings.log_every == 0 or step + 1 == self.plan.total
-        if not logged and self._progress is None:
+        if not logged and self.progress is None:
             return
         entropy, load = losses.gates.finish()
         report = StepReport(
@@ -303,8 +311,8 @@ class Run:
         )
         if logged:
             self.history.append(report.entry())
-        if self._progress is not None:
-            self._progress(report)
+        if self.progress is not None:
+            self.progress(report)
 
     def _autocast(self, device: torch.device) -> Any:
         return torch.autocast(device.type, torch.bfloat16) if self.settings.precision == "bf16" else nullcontext()
