@@ -13,7 +13,7 @@ from router_contenders import CONTENDERS, Contender
 from compose.bank import Bank
 from compose.engine.attach import attach
 from compose.fewshot.loading import LoadedModel
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.calibrate import calibrate
 from compose.routers.centroids import centroids
 from compose.routers.collate import Collator, encode_mixed

@@ -13,7 +13,7 @@ _EXPORTS = {
     "Sampling": "compose.routers.sampling",
     "Stage": "compose.routers.stages",
     "TrainSettings": "compose.routers.train_settings",
-    "build": "compose.routers.build",
+    "build": "compose.routers.builder",
     "experts_for": "compose.routers.presets.registry",
     "fresh_experts": "compose.routers.experts",
     "linear_targets": "compose.routers.experts",

@@ -24,7 +24,7 @@ from torch import nn
 from compose.errors import AdapterFormatError, IncompatibleError
 from compose.files import safetensors_file
 from compose.files.publish import publish_folder
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.saved_file import EXPERTS, FORMAT, MIXTURE, ROUTER, VERSION, SavedMixture, read_mixture
 from compose.routers.structures import SharedA
 

@@ -20,7 +20,7 @@ import torch
 
 from compose.errors import IncompatibleError, RunFolderError
 from compose.routers.balance import SelectionBalance, selection_bias
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.checkpoint import (
     Position,
     latest_checkpoint,

@@ -79,7 +79,7 @@ def opened(request: TrainRequest, inputs: TrainInputs, seed: int) -> Iterator[An
     """A run over the base model with its bank attached; both are taken off at the end."""
     from compose.bank import Bank
     from compose.engine.attach import attach
-    from compose.routers.build import build
+    from compose.routers.builder import build
     from compose.routers.stages import Stage
     from compose.routers.train_data import prepare
     from compose.routers.train_settings import TrainSettings

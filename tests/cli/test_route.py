@@ -15,7 +15,7 @@ from compose.cli.route_texts import mean_gates, route_text
 from compose.demo.assets import demo_bank, demo_base
 from compose.engine.attach import attach
 from compose.fewshot.loading import load_model
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.gates.linear import LinearGate
 from compose.routers.saved import save
 from compose.routers.site_sums import dominant_expert

@@ -9,7 +9,7 @@ from compose.engine.attach import attach
 from compose.engine.routed import export_static, open_routed
 from compose.errors import IncompatibleError, UnknownNameError
 from compose.formats.peft import read_adapter, write_adapter
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.experts import fresh_experts, linear_targets, linear_widths
 from compose.routers.gates.embedding import EmbeddingGate
 from compose.routers.gates.linear import LinearGate

@@ -5,7 +5,7 @@ import torch
 from compose.bank import Bank
 from compose.engine.attach import attach
 from compose.evaluation.controls import gates_of_other_rows, random_gates
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.experts import fresh_experts, linear_targets
 from compose.routers.presets.registry import preset
 from compose.routers.routing import Routing

@@ -8,7 +8,7 @@ import torch
 from compose.adapter import Adapter, LowRank
 from compose.bank import Bank
 from compose.engine.attach import attach
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.experts import linear_targets, linear_widths
 
 RANKS = (3, 1, 8, 5)

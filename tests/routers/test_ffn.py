@@ -12,7 +12,7 @@ from compose.bank import Bank
 from compose.engine.attach import attach
 from compose.errors import IncompatibleError
 from compose.kernels.stack import LoraStack
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.ffn import FfnExperts, _WithResidual, mix_experts, pairs_of
 from compose.routers.ffn_forms import FfnParts
 from compose.routers.presets.mixlora_ffn import with_attention

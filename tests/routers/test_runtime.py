@@ -7,7 +7,7 @@ import torch
 
 from compose.engine.attach import attach
 from compose.errors import IncompatibleError
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.gates.linear import LinearGate
 from compose.routers.selectors.top_k import TopK
 from compose.routers.spec import MixtureSpec

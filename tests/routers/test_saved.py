@@ -13,7 +13,7 @@ from compose.bank import Bank
 from compose.engine.attach import attach
 from compose.errors import AdapterFormatError, ComposeError, DuplicateNameError, IncompatibleError
 from compose.formats.peft import write_adapter
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.experts import fresh_experts, linear_targets
 from compose.routers.gates.linear import LinearGate
 from compose.routers.gates.mlp import MlpGate

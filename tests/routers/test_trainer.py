@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from compose.errors import IncompatibleError
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.saved import load
 from compose.routers.train_data import prepare
 from compose.routers.train_settings import TrainSettings

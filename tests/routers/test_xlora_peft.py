@@ -7,7 +7,7 @@ import torch
 
 from compose.bank import Bank
 from compose.engine.attach import attach
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.gates.mlp import MlpGate
 from compose.routers.normalisations.softmax import Softmax
 from compose.routers.presets.registry import preset

@@ -11,7 +11,7 @@ import torch
 
 from compose.bank import Bank
 from compose.engine.attach import attach
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.experts import fresh_experts, linear_targets
 from compose.routers.gates.proto import Prototypes
 from compose.routers.presets.registry import PRESETS, experts_for

@@ -12,7 +12,7 @@ import torch
 from compose.bank import Bank
 from compose.engine.attach import attach
 from compose.formats.peft import read_adapter
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.general_knowledge import subtract_general
 from compose.routers.normalisations.softmax import Softmax
 from compose.routers.presets.registry import preset

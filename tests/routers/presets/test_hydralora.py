@@ -6,7 +6,7 @@ import torch
 from compose.bank import Bank
 from compose.engine.attach import attach
 from compose.errors import IncompatibleError
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.experts import fresh_experts, linear_targets
 from compose.routers.presets.registry import experts_for, preset
 

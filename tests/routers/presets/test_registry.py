@@ -6,7 +6,7 @@ import torch
 from compose.bank import Bank
 from compose.engine.attach import attach
 from compose.errors import IncompatibleError, UnknownNameError
-from compose.routers.build import build
+from compose.routers.builder import build
 from compose.routers.presets.registry import FreshExperts, experts_for, preset
 
 
