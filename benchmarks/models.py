@@ -69,6 +69,7 @@ def _t5(width: int, layers: int, ffn: int, heads: int, vocab: int) -> Shape:
 MODELS: dict[str, Shape] = {
     "llama-tiny": _llama(32, 2, 48, 4, 64),
     "llama-8m": _llama(256, 8, 688, 8, 4096),
+    "llama-20m": _llama(384, 8, 1024, 6, 8192),
     "llama-demo": _llama(192, 6, 512, 6, 258),
     "t5-tiny": _t5(32, 2, 48, 2, 64),
     "t5-35m": _t5(512, 6, 1024, 6, 2048),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ class Contender:
         told: What it knows of an item that others do not: ``""``, ``"the task"``.
         prepare: Made of the training records before or instead of training: ``"phatgoose"``, ``"calibrate"``,
             ``"clusters"``.
+        chance: Whether it depends on the seed.
     """
 
     preset: str
@@ -31,6 +32,7 @@ class Contender:
     learning_rate: float = 3e-3
     told: str = ""
     prepare: str = ""
+    chance: bool = True
 
 
 ROUTER = {"train": "router"}
@@ -49,10 +51,10 @@ CONTENDERS: dict[str, Contender] = {
     "mola": Contender(preset="mola", options=ROUTER),
     "moelora_task": Contender(preset="moelora_task", options=ROUTER, told="the task", learning_rate=1e-2),
     "mocle": Contender(preset="mocle", options={**ROUTER, "always_on": (), "universal": "none"}, prepare="clusters"),
-    "phatgoose": Contender(preset="phatgoose", prepare="phatgoose"),
-    "arrow": Contender(preset="arrow"),
-    "spectr": Contender(preset="spectr"),
-    "avg_act": Contender(preset="avg_act", prepare="calibrate"),
+    "phatgoose": Contender(preset="phatgoose", prepare="phatgoose", chance=False),
+    "arrow": Contender(preset="arrow", chance=False),
+    "spectr": Contender(preset="spectr", chance=False),
+    "avg_act": Contender(preset="avg_act", prepare="calibrate", chance=False),
     "molora, fresh experts": Contender(preset="molora", over_bank=False),
     "mola, fresh experts": Contender(preset="mola", over_bank=False),
     "hydralora, fresh experts": Contender(preset="hydralora", over_bank=False),
@@ -61,5 +63,3 @@ CONTENDERS: dict[str, Contender] = {
     "none_r8": Contender(preset="none_r8", over_bank=False),
     "none_r64": Contender(preset="none_r64", over_bank=False),
 }
-
-Chosen = Callable[[str], bool]

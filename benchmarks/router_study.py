@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, file: Path) -> list[dict[str, Any]]:
         (name, seed, *size, arguments.device)
         for seed in range(arguments.seeds)
         for name in names
-        if (name, seed) not in finished and (name != REFERENCES or not seed)
+        if (name, seed) not in finished and (not seed or (name != REFERENCES and CONTENDERS[name].chance))
     ]
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
