@@ -51,7 +51,10 @@ class Attached(Protocol):
 
     model: Any
     bank: Any
-    layers: Mapping[str, Any]
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """Target -> composed layer."""
 
     @property
     def backend(self) -> str:

@@ -16,6 +16,7 @@ from compose.engine.attach import attach
 from compose.errors import IncompatibleError, UnknownNameError, unknown_name
 from compose.merging.ops import concatenate, sum_factors
 from compose.routers.context import RoutingContext
+from compose.routers.residual import StartResidual
 from compose.routers.routed import RoutedModel
 from compose.routers.routing import Routing
 from compose.routers.saved import restore
@@ -163,7 +164,7 @@ def _update(routed: RoutedModel, target: str, routing: Routing) -> LowRank | Non
         return _stored(structure.a_rD, (share_E11 * structure.b_ErO).sum(0).T) if bool(weights.any()) else None
     updates, values = _experts(layer.stack), weights.tolist()
     residual = routed.mixer.residual(target)
-    if residual is not None:
+    if isinstance(residual, StartResidual):
         here = [rank > 0 for rank in layer.stack.ranks]
         updates += _experts(residual.start(layer.stack))
         values += [-float(there) / sum(here) for there in here]
