@@ -128,7 +128,7 @@ def _real_inputs(seen: Seen, tokens: Tokens) -> torch.Tensor:
     assert x is not None  # noqa: S101 - see the caller
     if x.dim() != 3:
         return x
-    real_BT = seen.context.real(*x.shape[:2], x.device)
+    real_BT = seen.context.real(x.shape[0], x.shape[1], x.device)
     if tokens == "all":
         return x[real_BT]
     places = torch.where(real_BT, torch.arange(x.shape[1], device=x.device), -1).amax(1)

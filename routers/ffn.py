@@ -180,7 +180,8 @@ class _WithResidual(nn.Module):
         routing = self._route(hidden)
         if routing is None:
             return self._original[0](hidden, residual)
-        return self.LayerNorm(mix_experts(hidden, self._parts, routing, backend=self._backend) + residual)
+        norm: Any = self.LayerNorm
+        return norm(mix_experts(hidden, self._parts, routing, backend=self._backend) + residual)
 
 
 def place_ffn_experts(
