@@ -37,6 +37,7 @@ gpu-test: .venv/installed
 gpu-bench: .venv/installed
 	mkdir -p runs
 	$(BIN)/python benchmarks/gpu/ops.py --device cuda --out runs/gpu_ops.jsonl
+	$(BIN)/python benchmarks/gpu/slices.py --device cuda --out runs/gpu_slices.jsonl
 	$(BIN)/python benchmarks/gpu/llama.py --device cuda --out runs/gpu_llama.jsonl
 	$(BIN)/python benchmarks/gpu/paging.py --device cuda --out runs/gpu_paging.jsonl
 

@@ -76,9 +76,9 @@ _threads = threading.local()
 
 
 def _make_context_current(dy: torch.Tensor) -> None:
-    """Run something of torch once per thread: Triton's launches leave a new thread of autograd without a context.
+    """Run a kernel of torch once per thread: a new thread of autograd has no current context before.
 
-    Otherwise cuBLAS is the first to want one, and warns.
+    A compiled kernel of Triton does not make one, and cuBLAS does so with a warning.
     """
     known = _threads.__dict__.setdefault("devices", set())
     if dy.is_cuda and dy.device not in known:

@@ -1,0 +1,26 @@
+"""The benchmark of slices in its smoke form: everything but the clock, on a CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu" / "slices.py"
+
+
+def test_every_case_passes_its_gate_and_is_recorded(tmp_path):
+    out = tmp_path / "slices.jsonl"
+    command = [sys.executable, "-P", str(SCRIPT), "--smoke", "--commit", "test", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["status"] for record in records] == ["ok"] * 12
+    assert {record["case"].rsplit("-", 2)[0] for record in records if record["case"].endswith("e8")} == {
+        "qkv",
+        "gate-up",
+    }
+    assert all(record["error"] <= 1e-6 and record["fused_us"] > 0 < record["separate_us"] for record in records)
+    assert records[0]["environment"]["commit"] == "test"
+    assert "qkv-t1" in done.stdout
