@@ -14,7 +14,7 @@ from compose.bank import Bank
 from compose.engine.attach import attach
 from compose.fewshot.loading import LoadedModel
 from compose.routers.builder import build
-from compose.routers.calibrate import calibrate
+from compose.routers.calibration import calibrate
 from compose.routers.centroids import centroids
 from compose.routers.collate import Collator, encode_mixed
 from compose.routers.experts import linear_targets

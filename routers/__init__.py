@@ -14,14 +14,18 @@ _EXPORTS = {
     "Stage": "compose.routers.stages",
     "TrainSettings": "compose.routers.train_settings",
     "build": "compose.routers.builder",
+    "calibrate": "compose.routers.calibration",
     "experts_for": "compose.routers.presets.registry",
     "fresh_experts": "compose.routers.experts",
+    "generate_by_step": "compose.routers.text_steps",
     "linear_targets": "compose.routers.experts",
     "load": "compose.routers.saved",
     "preset": "compose.routers.presets.registry",
     "read_mixed": "compose.routers.records",
     "save": "compose.routers.saved",
+    "subtract_general": "compose.routers.general_knowledge",
     "train": "compose.routers.training",
+    "train_phatgoose_gates": "compose.routers.phatgoose",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -32,8 +32,8 @@ class ProtoGate:
     Attributes:
         source: ``"svd"``: the first right singular vector of ``B_e A_e`` at the site's first target, exact and
             sign-free (Arrow, arXiv:2405.11157); made when the router is built, an expert without factors there has 0.
-            ``"calibrated"``: means or centroids of inputs, filled by `compose.routers.calibrate`. ``"trained"``:
-            filled by `compose.routers.phatgoose.train_phatgoose_gates`.
+            ``"calibrated"``: means or centroids of inputs, filled by `compose.routers.calibration.calibrate`.
+            ``"trained"``: filled by `compose.routers.phatgoose.train_phatgoose_gates`.
         score: ``"dot"``; ``"abs"``: |x . v|; ``"cos"``; ``"l2"``: minus the squared distance; ``"layer_norm"``: the
             dot product of both after layer normalisation without scale (PHATGOOSE, arXiv:2402.05859).
         per_expert: ``P``; more than 1 for calibrated centroids only.
@@ -123,8 +123,8 @@ class Prototypes(nn.Module):
         empty = (self.available_E & ~self.filled_E).nonzero().flatten().tolist()
         if empty:
             how = {
-                "calibrated": "run compose.routers.calibrate.calibrate(routed, {expert: batches})",
-                "trained": "run compose.routers.phatgoose.train_phatgoose_gates(routed, {expert: batches})",
+                "calibrated": "run compose.routers.calibrate(routed, {expert: batches})",
+                "trained": "run compose.routers.train_phatgoose_gates(routed, {expert: batches})",
             }
             names = ", ".join(self.experts[expert] for expert in empty[:5])
             raise IncompatibleError(

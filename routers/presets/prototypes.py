@@ -12,7 +12,7 @@ from compose.routers.spec import MixtureSpec
 def avg_act() -> Preset:
     """Mean activations (mttl's ``avg_act_router``, beside Arrow, arXiv:2405.11157): ``x . mean_e / sqrt(D)``, softmax.
 
-    The means are those of each target's inputs over the expert's own data: `compose.routers.calibrate`.
+    The means are those of each target's inputs over the expert's own data: `compose.routers.calibration.calibrate`.
     """
     spec = MixtureSpec(
         gate=ProtoGate(source="calibrated", score="dot", sqrt_width=True), train="none",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compose.errors import IncompatibleError
-from compose.routers.calibrate import calibrate
+from compose.routers.calibration import calibrate
 from compose.routers.presets.registry import preset
 from compose.routers.text_steps import generate_by_step
 

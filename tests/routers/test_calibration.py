@@ -6,7 +6,7 @@ import torch
 from compose.engine.attach import attach
 from compose.errors import IncompatibleError, UnknownNameError
 from compose.routers.builder import build
-from compose.routers.calibrate import calibrate
+from compose.routers.calibration import calibrate
 from compose.routers.gates.proto import ProtoGate
 from compose.routers.presets.registry import preset
 from compose.routers.saved import load, save
