@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 from compose.errors import IncompatibleError, UnknownNameError, unknown_name
 from compose.routers.site_metrics import SiteMetrics, mean_metrics, metrics_of
@@ -21,7 +21,8 @@ FORMAT = "compose-routing-trace"
 VERSION = 1
 
 
-class GradientNorm(NamedTuple):
+@dataclass(frozen=True)
+class GradientNorm:
     """Norms of a gate's gradient: their sum, and over how many backward passes."""
 
     total: float
@@ -93,7 +94,7 @@ class RoutingTrace:
             "tasks": list(self.tasks),
             "over": self.over,
             "sites": [sums.to_json(self.tasks) for sums in self.sites],
-            "gradients": {site: norm._asdict() for site, norm in self.gradients.items()},
+            "gradients": {site: asdict(norm) for site, norm in self.gradients.items()},
             "cosines": None if self.cosines is None else [list(row) for row in self.cosines],
             "strips": [strip.to_json() for strip in self.strips],
             "about": dict(self.about),

@@ -147,7 +147,8 @@ def _beaten(scores: Mapping[str, float]) -> list[str]:
 
 
 def _balance(trace: RoutingTrace) -> list[str]:
-    measured = [found for sums in trace.sites if (found := trace.metrics(sums.site)) is not None and found.decisions]
+    each = [trace.metrics(sums.site) for sums in trace.sites]
+    measured = [one for one in each if one is not None and one.decisions]
     if not measured:
         return ["nothing was counted: no decision of this trace is in its sums"]
     overall = mean_metrics(measured)

@@ -6,6 +6,7 @@ was compared with. Names and texts come from strangers: see `compose.report.html
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,21 +35,23 @@ COLOURS = 12
 """Experts that have a colour of their own in texts and lines; the others share one."""
 
 COLUMNS = (
-    ("entropy", "Entropy", "of a decision, in nats"),
-    ("share", "of log E", "1 is undecided"),
-    ("entropy_of_mean", "H(mean)", "1 expert: 0"),
-    ("information", "MI", "what the input tells"),
-    ("active", "Active", "experts per decision"),
-    ("kept", "Kept", "probability of the selected"),
-    ("gate_sum", "Sum of gates", ""),
-    ("max_load", "Max load", "over the mean"),
-    ("load_cv2", "CV²", "of the load"),
-    ("dead", "Dead", ""),
-    ("accuracy", "Accuracy", "against expert labels"),
-    ("switch_rate", "Switches", "per token"),
-    ("task_information", "I(task)", "of H(task)"),
-    ("gradient", "Gradient", "norm"),
+    ("entropy", "Entropy"),
+    ("share", "of log E"),
+    ("entropy_of_mean", "H(mean)"),
+    ("information", "MI"),
+    ("active", "Active"),
+    ("kept", "Kept"),
+    ("gate_sum", "Sum"),
+    ("max_load", "Max load"),
+    ("load_cv2", "CV²"),
+    ("dead", "Dead"),
+    ("accuracy", "Accuracy"),
+    ("switch_rate", "Switches"),
+    ("task_information", "I(task)"),
+    ("gradient", "Gradient"),
 )
+WHOLE = ("kept", "gate_sum")
+"""Columns that say something only where they are not 1 throughout."""
 
 
 def render_routing(
@@ -99,18 +102,20 @@ def render_routing(
 
 
 def colours(trace: RoutingTrace) -> list[str]:
-    """CSS class per expert: ``e0`` ... by its place, ``ex`` for those behind the first `COLOURS`."""
+    """CSS class per expert: ``e0`` ... for those that dominate most tokens of the texts, then by load; else ``ex``."""
     if len(trace.experts) <= COLOURS:
         return [f"e{index}" for index in range(len(trace.experts))]
-    order = sorted(range(len(trace.experts)), key=lambda expert: -_weight(trace)[expert])
+    seen = Counter(expert for strip in trace.strips[:MOST_STRIPS] for expert in strip.majority())
+    weight = _weight(trace)
+    order = sorted(range(len(trace.experts)), key=lambda expert: (-seen[expert], -weight[expert]))
     places = {expert: place for place, expert in enumerate(order[:COLOURS])}
     return [f"e{places[expert]}" if expert in places else "ex" for expert in range(len(trace.experts))]
 
 
-def _weight(trace: RoutingTrace) -> Sequence[float]:
+def _weight(trace: RoutingTrace) -> list[float]:
     """How much there is to see of every expert."""
     overall = trace.overall()
-    return overall.load if overall is not None else [0.0] * len(trace.experts)
+    return list(overall.load) if overall is not None else [0.0] * len(trace.experts)
 
 
 def _shown(trace: RoutingTrace) -> list[int]:
@@ -166,6 +171,10 @@ def _aggregate(trace: RoutingTrace, tasks: Sequence[str], shown: Sequence[int]) 
     return {"rows": drawn, "axis": axis, "columns": len(shown), "readable": readable, "largest": largest}
 
 
+def _named(label: str) -> str:
+    return f"layer {label}" if label.isdigit() else label
+
+
 def _task(name: str | None) -> str:
     return "all tasks" if name is None else printable(name)
 
@@ -178,7 +187,7 @@ def _entropy(trace: RoutingTrace, floors: Sequence[Depth]) -> dict[str, Any]:
     scale = svg.Scale.covering([top], include=[0.0])
     rows = [
         {
-            "label": label,
+            "label": _named(label),
             "svg": svg_routing.range_row(scale, one.entropy or 0.0, one.entropy_of_mean or 0.0),
             "value": f"{svg.number(one.entropy)} · {svg.number(one.entropy_of_mean)}",
             "main": False,
@@ -192,13 +201,19 @@ def _active(trace: RoutingTrace, floors: Sequence[Depth]) -> dict[str, Any]:
     """Mean active experts by depth, where selection lets their number vary; no rows where it does not."""
     found = [(floor.label, depth_metrics(trace, floor)) for floor in floors]
     values = [(label, one.active) for label, one in found if one is not None and one.active is not None]
-    steady = all(abs(value - round(value)) < 1e-9 for _, value in values) and len({v for _, v in values}) <= 1
+    steady = all(_is_whole(trace, sums.site) for sums in trace.sites) and len({value for _, value in values}) <= 1
     scale = svg.Scale.covering([value for _, value in values], include=[0.0])
     rows = [
-        {"label": label, "svg": svg.bar_row(scale, value), "value": svg.number(value), "main": False}
+        {"label": _named(label), "svg": svg.bar_row(scale, value), "value": svg.number(value), "main": False}
         for label, value in ([] if steady else values)
     ]
     return {"rows": rows, "axis": svg.axis_row(scale)}
+
+
+def _is_whole(trace: RoutingTrace, site: str) -> bool:
+    """Whether every decision of a site has as many active experts."""
+    found = trace.metrics(site)
+    return found is None or found.active is None or abs(found.active - round(found.active)) < 1e-9
 
 
 def _course(trace: RoutingTrace, course: Course) -> dict[str, Any]:
@@ -258,11 +273,7 @@ def _strip(strip: TokenStrip, trace: RoutingTrace) -> dict[str, Any]:
 def _table(found: Sequence[tuple[str, SiteMetrics | None, float | None]]) -> dict[str, Any]:
     """Rows of measures, without the columns in which nothing was measured."""
     rows = [{"name": printable(name), **_cells(one, norm)} for name, one, norm in found if one is not None]
-    heads = [
-        {"key": key, "name": name, "hint": hint}
-        for key, name, hint in COLUMNS
-        if any(row[key] is not None for row in rows)
-    ]
+    heads = [{"key": key, "name": name} for key, name in COLUMNS if _says_something(key, [row[key] for row in rows])]
     written = [
         {"name": row["name"], "decisions": row["decisions"], "cells": [svg.number(row[head["key"]]) for head in heads]}
         for row in rows
@@ -270,9 +281,14 @@ def _table(found: Sequence[tuple[str, SiteMetrics | None, float | None]]) -> dic
     return {"heads": heads, "rows": written}
 
 
+def _says_something(key: str, column: Sequence[float | None]) -> bool:
+    known = [value for value in column if value is not None]
+    return bool(known) and not (key in WHOLE and all(abs(value - 1) < 1e-6 for value in known))
+
+
 def _cells(one: SiteMetrics, norm: float | None) -> dict[str, Any]:
     share = one.entropy / one.largest_entropy if one.entropy is not None and one.largest_entropy else None
-    plain = {key: getattr(one, key, None) for key, _, _ in COLUMNS}
+    plain = {key: getattr(one, key, None) for key, _ in COLUMNS}
     return {**plain, "share": share, "dead": float(len(one.dead)), "gradient": norm, "decisions": one.decisions}
 
 

@@ -53,7 +53,7 @@ def heat_panel(rows: Sequence[Sequence[float] | None], largest: float, columns: 
 
 def cell_width(columns: int) -> int:
     """Pixels of a cell: narrower where there are many."""
-    return 20 if columns <= 12 else 14 if columns <= 24 else 9
+    return 18 if columns <= 12 else 14 if columns <= 24 else 9
 
 
 def row_labels(labels: Sequence[str]) -> Markup:

@@ -10,12 +10,12 @@ from compose.report.svg_routing import CELL_HEIGHT, cell_width, heat_panel, rang
 def test_every_cell_is_drawn_once_with_the_strength_of_its_value() -> None:
     drawing = ET.fromstring(str(heat_panel([[0.0, 0.5], None, [1.0, 0.5]], 1.0, ["1", "2"], "a & b")))
     assert drawing.attrib["aria-label"] == "a & b"
-    assert drawing.attrib["width"] == "40"
+    assert drawing.attrib["width"] == "36"
     assert drawing.attrib["height"] == str(3 * CELL_HEIGHT + 18)
     found = {}
     for path in drawing.iter("path"):
         for x, y in re.findall(r"M(\d+) (\d+)", path.attrib["d"]):
-            found[int(x) // 20, int(y) // CELL_HEIGHT] = path.attrib.get("fill-opacity", path.attrib["class"])
+            found[int(x) // 18, int(y) // CELL_HEIGHT] = path.attrib.get("fill-opacity", path.attrib["class"])
     assert found == {(0, 0): "none", (1, 0): "0.50", (0, 2): "1.00", (1, 2): "0.50"}
     assert [text.text for text in drawing.iter("text")] == ["1", "2"]
 
@@ -26,7 +26,7 @@ def test_a_map_of_nothing_has_no_cells() -> None:
 
 
 def test_cells_shrink_and_labels_thin_out_where_there_are_many() -> None:
-    assert [cell_width(count) for count in (4, 20, 60)] == [20, 14, 9]
+    assert [cell_width(count) for count in (4, 20, 60)] == [18, 14, 9]
     drawing = heat_panel([[0.1] * 60], 1.0, [str(index + 1) for index in range(60)], "x")
     assert drawing.count("<text") == 30
 
