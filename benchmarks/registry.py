@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from timing import Timing
 
@@ -58,12 +58,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one point yields: the numbers, and the timings they come from (seconds, or seconds per unit)."""
+    """What one point yields: the numbers, and the timings they come from (seconds, or seconds per unit).
+
+    ``cells``: One record per shape where a point is a mean over many; for the file, not for the terminal.
+    """
 
     checks: list[Check]
     ours: Timing | None = None
     baseline: Timing | None = None
     note: str = ""
+    cells: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

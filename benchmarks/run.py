@@ -102,7 +102,8 @@ def run_point(point: Any) -> dict[str, Any]:
     }
     checks = [{**asdict(check), "met": check.met} for check in measured.checks]
     took = round(time.time() - started, 2)
-    return {"status": "ok", "checks": checks, **timings, "note": measured.note, "took_s": took}
+    cells = {"cells": measured.cells} if measured.cells else {}
+    return {"status": "ok", "checks": checks, **timings, "note": measured.note, **cells, "took_s": took}
 
 
 def format_record(record: dict[str, Any]) -> str:

@@ -182,3 +182,14 @@ def test_every_gate_of_the_kernels_sees_its_result(
     for point in bench.cases["kernels_cpu"].points(quick):
         with pytest.raises(AssertionError, match="relative errors"):
             point.gate()
+
+
+def test_a_mean_over_shapes_stores_every_shape_with_the_loop_and_the_bound(bench: SimpleNamespace, quick) -> None:
+    records = bench.run.run_case(bench.cases["kernels_cpu"], quick)
+    for record in records:
+        assert len(record["cells"]) == 2
+        for cell in record["cells"]:
+            assert min(cell["ours_us"], cell["loop_us"]) > 0
+            assert ("bare_us" in cell) == ("backward" not in record["point"])
+        ratios = [cell["loop_us"] / cell["ours_us"] for cell in record["cells"]]
+        assert record["checks"][0]["value"] == pytest.approx(math.sqrt(ratios[0] * ratios[1]))

@@ -79,7 +79,9 @@ def test_a_torch_that_cannot_say_counts_as_having_no_tiles(monkeypatch):
     assert policy.multiplies_in_tiles.__wrapped__() is False
 
 
-def test_padding_is_left_when_one_adapter_has_most_tokens():
+@pytest.mark.parametrize("tiles", [True, False], ids=["AMX", "no AMX"])
+def test_padding_is_left_when_one_adapter_has_most_tokens(monkeypatch, tiles):
+    monkeypatch.setattr(policy, "multiplies_in_tiles", lambda: tiles)
     work = WORK._replace(itemsize=2, adapters=64, lined=64, active_rows=512, all_rows=512, longest=8)
     candidates = get_args(policy.Strategy)
     assert policy.fastest("grouped", torch.bfloat16, work, candidates, training=False) == "padded"

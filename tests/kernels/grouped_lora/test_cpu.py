@@ -223,7 +223,9 @@ def test_stacks_of_equal_ranks_share_a_layout_and_a_new_length_replaces_it(make_
     ],
     ids=["one adapter", "none", "rank 0", "decode", "prompt", "few rank rows", "float64", "bfloat16"],
 )
-def test_the_policy_picks_the_measured_winner(make_stack, ranks, ids, tokens, dtype, expected):
+@pytest.mark.parametrize("tiles", [True, False], ids=["AMX", "no AMX"])
+def test_the_policy_picks_the_measured_winner(make_stack, monkeypatch, tiles, ranks, ids, tokens, dtype, expected):
+    monkeypatch.setattr(cpu.policy, "multiplies_in_tiles", lambda: tiles)
     stack = make_stack(ranks, width=256, out=256, dtype=dtype)
     plan = plan_groups(torch.tensor(ids))
     assert cpu.choose(stack, plan, tokens * len(ids), training=False) == expected
