@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from compose.bank import Bank
@@ -14,13 +15,15 @@ from compose.cli.route import show, switch_rate
 from compose.cli.route_texts import mean_gates, route_text
 from compose.demo.assets import demo_bank, demo_base
 from compose.engine.attach import attach
-from compose.fewshot.loading import load_model
+from compose.fewshot.loading import LoadedModel, load_model
 from compose.routers.builder import build
+from compose.routers.experts import fresh_experts, linear_targets
 from compose.routers.gates.linear import LinearGate
 from compose.routers.saved import save
 from compose.routers.site_sums import dominant_expert
 from compose.routers.spec import MixtureSpec
 from compose.routers.trace import RoutingTrace
+from compose.text.encoding import PromptFormat
 
 EXPERTS = ("capitals", "commas", "sort_words")
 TEXT = "Sort the words: stone river lamp"
@@ -163,3 +166,22 @@ def test_a_gate_that_reads_tasks_is_told_one(loaded) -> None:
         assert found.trace.strips[0].task == "words"
     finally:
         attached.detach()
+
+
+def test_the_encoder_s_text_is_shown_and_the_decoder_s_switches_are_counted(tiny_model, workspace) -> None:
+    model = tiny_model("t5")
+    targets = [target for target in linear_targets(model) if "relative" not in target]
+    bank = Bank.from_adapters(fresh_experts(model, targets, num_experts=3, rank=2, init="kaiming_both"))
+    attached = attach(model, bank)
+    routed = build(attached, MixtureSpec(gate=NORMAL))
+    tokenizer = AutoTokenizer.from_pretrained(workspace.base)
+    found = route_text(routed, LoadedModel(model, tokenizer, PromptFormat()), "say a b:", new_tokens=5)
+    (strip,) = found.trace.strips
+    assert "".join(strip.tokens) == "say a b:"
+    assert all(line.site.startswith("encoder") for line in strip.lines)
+    assert len(found.trace.sites) == len(targets)
+    counted = {sums.site for sums in found.trace.sites if float(sums.scalar("pairs").sum())}
+    wanted = {site for site in routed.router.layout if site.startswith("decoder")}
+    wanted -= {site for site in wanted if site.endswith(("EncDecAttention.k", "EncDecAttention.v"))}
+    assert counted == (wanted if found.new_tokens else set())
+    assert found.new_tokens > 1
