@@ -327,9 +327,10 @@ class RoutingSession:
 
     def _routing(self, site: Site, x: torch.Tensor, call: Call) -> Routing:
         """The routing for one target: decided here by the site's leader, elsewhere found."""
-        encoder_tokens = reads_encoder(call.target) and self.router.spec.scope == "token"
+        of_encoder = reads_encoder(call.target)
+        encoder_tokens = of_encoder and self.router.spec.scope == "token"
         if encoder_tokens or (call.target == site.leader and self._reads_layers()):
-            return self._decide(site.name, x, call.stack, keep=not encoder_tokens)
+            return self._decide(site.name, x, call.stack, keep=not encoder_tokens, of_encoder=of_encoder)
         if site.name not in self._routings:
             raise IncompatibleError(
                 f"{call.target}: nothing was routed yet at {site.name!r}; the router needs the whole model's forward, "
@@ -347,14 +348,20 @@ class RoutingSession:
         return self.router.spec.gate_input not in (*BODY_INPUTS, "block")
 
     def _decide(
-        self, name: str, hidden: torch.Tensor | None, stack: LoraStack | None, *, keep: bool = True
+        self,
+        name: str,
+        hidden: torch.Tensor | None,
+        stack: LoraStack | None,
+        *,
+        keep: bool = True,
+        of_encoder: bool = False,
     ) -> Routing:
         """Ask the gate of a site, unless its decision on the prompt stands."""
         spec, site = self.router.spec, self.router.layout[name]
         body = self._bodies[site.body]
         if spec.scope == "sequence" and spec.pooling != "none" and body.past and name in self._routings:
             return self._routings[name]
-        if not keep:  # a decoder's target that reads the encoder's tokens: their mask, and no labels
+        if of_encoder:  # a decoder's target that reads the encoder's tokens: their mask, and no labels
             body = replace(body, context=replace(body.context, attention_mask=body.encoder_mask, labels=None))
         seen = self._seen(site, body, hidden, stack)
         routing = self.router(name, seen)
