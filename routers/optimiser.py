@@ -107,18 +107,25 @@ class Optimiser:
         for name, (parameter, master) in self._trained.items():
             key = name.replace("/", ".")
             found = {what: left.pop(f"{what}:{key}", None) for what in ("step", "exp_avg", "exp_avg_sq")}
-            kept = left.pop(f"master:{key}", None) if master is not parameter else master.data
-            tensors = [value for value in (found["exp_avg"], found["exp_avg_sq"], kept) if value is not None]
-            if len(tensors) < 3 or found["step"] is None or any(value.shape != master.shape for value in tensors):
+            wanted = {"step": torch.Size((1,)), **dict.fromkeys(("exp_avg", "exp_avg_sq"), master.shape or (1,))}
+            if master is not parameter:
+                found["master"], wanted["master"] = left.pop(f"master:{key}", None), master.shape or (1,)
+            held = {what: value for what, value in found.items() if value is not None and value.shape == wanted[what]}
+            if held.keys() != wanted.keys():
                 raise AdapterFormatError(f"{where}: no state of the parameter {name!r} in its shape")
-            master.data.copy_(tensors[2])
+            if master is not parameter:
+                master.data.copy_(held.pop("master").reshape(master.shape))
             self._adamw.state[master] = {
-                what: value.reshape(()).clone() if what == "step" else value.to(master.device, copy=True)
-                for what, value in found.items()
-                if value is not None
+                what: value.reshape(()).clone() if what == "step" else _beside(value, master)
+                for what, value in held.items()
             }
         if left:
             raise AdapterFormatError(f"{where}: {sorted(left)[0]!r} is the state of nothing that trains")
+
+
+def _beside(value: torch.Tensor, master: nn.Parameter) -> torch.Tensor:
+    """A copy of a state where its parameter is, in its shape."""
+    return value.reshape(master.shape).to(master.device, copy=True)
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
