@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from compose.routers.gates.proto import Prototypes
+from compose.routers.normalisations.softmax import Softmax
 from compose.routers.presets.registry import PRESETS, preset
+from compose.routers.selectors.every import All
 from compose.routers.spec import MixtureSpec
 
 NAMES = (
@@ -92,3 +94,23 @@ def test_nothing_stays_on_the_model(name, routed_over, batch) -> None:
         routed.attached.detach()
         torch.testing.assert_close(model(**inputs).logits, off, rtol=0, atol=0)
     assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("name", [name for name in NAMES if PRESETS[name].spec.pooling != "none"])
+def test_gates_per_sequence_read_the_prompt_alone(name, architecture, routed_over, batch) -> None:
+    routed = filled(routed_over(architecture, preset(name, normalise=Softmax(), select=All(), renormalise="none")))
+
+    def gates(inputs):
+        with torch.no_grad(), routed.recording() as decisions:
+            routed(**inputs)
+        return torch.cat([each.gates_NE for each in decisions])
+
+    inputs = batch(architecture)
+    before, changed = gates(inputs), {key: value.clone() for key, value in inputs.items()}
+    changed["labels"][:, -3:] = 5
+    if architecture == "llama":
+        changed["input_ids"][:, 5:] = 5
+    assert torch.equal(gates(changed), before)
+    changed["input_ids"][:, 0] = 7
+    assert not torch.equal(gates(changed), before)
