@@ -393,9 +393,9 @@ def _pooled(how: str, hidden: torch.Tensor | None, body: _Body) -> torch.Tensor:
         if body.encoder is None:
             raise IncompatibleError("the decoder got no encoder_hidden_states, so a gate per sequence has no prompt")
         context = RoutingContext(attention_mask=body.encoder_mask)
-        return pool(how, body.encoder, context.real(*body.encoder.shape[:2], body.encoder.device))
+        return pool(how, body.encoder, context.real(body.encoder.shape[0], body.encoder.shape[1], body.encoder.device))
     assert hidden is not None  # noqa: S101 - bodies without an encoder hand their hidden states on
-    return pool(how, hidden, body.context.prompt(*hidden.shape[:2], hidden.device))
+    return pool(how, hidden, body.context.prompt(hidden.shape[0], hidden.shape[1], hidden.device))
 
 
 def _row_ids(gate_input: str, context: RoutingContext, rows: int | None) -> torch.Tensor | None:
