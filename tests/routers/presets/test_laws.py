@@ -235,6 +235,7 @@ def test_no_decision_on_the_prompt_reads_the_response(name, architecture, routed
     one, two = (decisions_of(routed, batch, said) for batch in (inputs, changed))
     for left, right in zip(one, two, strict=True):
         rows = slice(None) if len(left.gates_NE) == len(right.gates_NE) <= 3 else _before(left, architecture, inputs)
+        torch.testing.assert_close(left.logits_NE[rows], right.logits_NE[rows], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(left.gates_NE[rows], right.gates_NE[rows], rtol=1e-4, atol=1e-6)
     if (routed.spec.scope == "sequence" and routed.spec.pooling != "none") or reads_prompt_too(routed.spec):
         changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
