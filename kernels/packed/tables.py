@@ -23,6 +23,7 @@ FORMAT = 1
 SHIPPED = Path(__file__).resolve().parent / "tuned"
 _REACH = 2.0  # a size may be a quarter to four times the measured one
 _SAME_WIDTH = {"float16": "bfloat16"}
+_COUNTS = {"splits": 64, "shrink_stages": 12, "expand_stages": 12, "programs": 1 << 16}
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,12 @@ def file_name(device: str) -> str:
 @lru_cache(maxsize=16)
 def load(device: str) -> tuple[Entry, ...]:
     """Entries for a GPU, the user's own first."""
-    return tuple(entry for folder in (cache_folder(), SHIPPED) for entry in read(folder / file_name(device), device))
+    folders = [SHIPPED]
+    try:
+        folders.insert(0, cache_folder())
+    except RuntimeError as error:  # there is no home folder
+        logger.warning("the user's block sizes are not used: %s", error)
+    return tuple(entry for folder in folders for entry in read(folder / file_name(device), device))
 
 
 def read(path: Path, device: str) -> list[Entry]:
@@ -57,15 +63,13 @@ def read(path: Path, device: str) -> list[Entry]:
         return []
     try:
         return _checked(json.loads(text), device)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("block sizes in %s are not used: %s; delete the file or tune again", path, error)
         return []
 
 
 def _checked(table: Any, device: str) -> list[Entry]:
     """The entries of a parsed file; raises `ValueError` or its like with what is wrong."""
-    from compose.kernels.packed.tuning import CONFIGS
-
     if table["format"] != FORMAT or table["device"] != device:
         raise ValueError(
             f"it is format {table['format']} for {table['device']!r}, wanted format {FORMAT} for {device!r}"
@@ -74,13 +78,40 @@ def _checked(table: Any, device: str) -> list[Entry]:
         logger.info("block sizes for %s were measured with triton %s, this is %s", device, table["triton"],
                     triton_version())  # fmt: skip
     for entry in table["entries"]:
-        fields = CONFIGS[entry["kind"]].__annotations__
-        config = entry["config"]
-        if set(config) != set(fields) or not all(type(one) in (int, bool) and one >= 0 for one in config.values()):
-            raise ValueError(f"an entry of kind {entry['kind']!r} has the blocks {config}, wanted {sorted(fields)}")
-        if not all(type(one) is int and one > 0 for one in entry["sizes"]) or not isinstance(entry["exact"], list):
-            raise ValueError(f"an entry of kind {entry['kind']!r} has the sizes {entry['sizes']}")
+        _check_entry(entry)
     return list(table["entries"])
+
+
+def _check_entry(entry: Any) -> None:
+    """Raise `ValueError` or its like unless an entry can be used for look-ups and its blocks by the kernels."""
+    from compose.kernels.packed.tuning import CONFIGS, NUMBERS
+
+    kind, config = entry["kind"], entry["config"]
+    fields = CONFIGS[kind].__annotations__
+    few = kind == "dense few"
+    if set(config) != set(fields) or not all(_is_block(name, value, few) for name, value in config.items()):
+        raise ValueError(
+            f"an entry of kind {kind!r} has the blocks {config}, wanted {', '.join(fields)} in their ranges"
+        )
+    given = (entry["exact"], entry["sizes"])
+    whole = all(type(one) is int and 0 <= one < 1 << 31 for numbers in given for one in numbers)
+    if not whole or 0 in entry["sizes"] or tuple(map(len, given)) != NUMBERS[kind] or type(entry["dtype"]) is not str:
+        raise ValueError(f"an entry of kind {kind!r} has the sizes {entry['sizes']} and {entry['exact']}")
+
+
+def _is_block(name: str, value: Any, few: bool) -> bool:
+    """Whether kernels can run with a number; ``few``: numbers of tokens that may decide no order of a sum."""
+    if name == "columns_first":
+        return type(value) is bool
+    if type(value) is not int or value < 1:
+        return False
+    if name in _COUNTS:
+        return value <= _COUNTS[name]
+    if value & (value - 1):
+        return False
+    if name.endswith("_warps"):
+        return value <= 16
+    return 16 <= value <= (32 if few and name in ("bm", "bm_out") else 1024)
 
 
 def nearest(

@@ -96,6 +96,8 @@ CONFIGS: Mapping[str, type] = {
     "tiles": TilesConfig,
 }  # fmt: skip
 """What a measured table may hold, by kind."""
+NUMBERS = {"rows": (2, 3), "dense sums": (0, 3), "dense few": (0, 4), "dense many": (1, 3), "tiles": (2, 3)}
+"""How many numbers of an entry a shape must share, and to how many it must be near."""
 
 _trying: dict[str, Any] = {}
 

@@ -13,6 +13,7 @@ from compose.kernels.packed import tables, tuning
 
 GPU = "Imaginary GPU 9"
 CONFIG = {"splits": 4, "bk": 64, "br_out": 32}
+FEW = {"bm": 16, "br": 16, "shrink_stages": 4, "shrink_warps": 4, "bm_out": 16, "bn": 64, "expand_warps": 4}
 
 
 def _entry(kind="dense sums", dtype="bfloat16", exact=(), sizes=(4096, 4096, 128), config=CONFIG, us=(1.0,)):
@@ -39,6 +40,14 @@ def test_the_cache_folder_follows_the_environment(cache, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert tables.cache_folder() == tmp_path / ".cache" / "adapter-compose" / "kernels"
+
+
+def test_without_a_home_folder_there_is_no_table_of_the_user(monkeypatch, caplog):
+    tables.save(GPU, [_entry()], tables.SHIPPED / tables.file_name(GPU))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(tables.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert _found() == CONFIG
+    assert "no home" in caplog.text
 
 
 def test_what_was_saved_is_found_with_versions_and_all_candidates(cache):
@@ -76,6 +85,9 @@ def test_the_nearest_size_is_taken_and_none_that_is_far():
     assert _found(sizes=(100, 512, 128)) is None
     assert _found(kind="rows") is None
     assert _found(exact=(1,)) is None
+    tables.save(GPU, [_entry("dense few", sizes=(4096, 4096, 128, 32), config=FEW)])
+    tuning.forget()
+    assert _found("dense few", sizes=(4096, 4096, 128, 64)) == FEW
     assert _found(dtype=torch.float16) == _found()
     assert _found(dtype=torch.float32) is None
 
@@ -100,22 +112,18 @@ def test_the_users_table_comes_before_the_shipped_one():
         ({"entries": [_entry(config={"splits": 4})]}, "wanted .*br_out"),
         ({"entries": [_entry(config={**CONFIG, "bk": "64"})]}, "has the blocks"),
         ({"entries": [_entry(kind="magic")]}, "magic"),
+        ({"entries": [_entry(config={**CONFIG, "bk": 48})]}, "in their ranges"),
+        ({"entries": [_entry(config={**CONFIG, "splits": 0})]}, "in their ranges"),
+        ({"entries": [_entry(config={**CONFIG, "splits": True})]}, "in their ranges"),
+        ({"entries": [_entry("dense few", sizes=(1, 1, 1, 1), config={**FEW, "bm": 64})]}, "in their ranges"),
         ({"entries": [_entry(sizes=(0, 1, 1))]}, "has the sizes"),
+        ({"entries": [_entry(sizes=(1, 1))]}, "has the sizes"),
+        ({"entries": [_entry(exact=(3,))]}, "has the sizes"),
+        ({"entries": [_entry(sizes=(1, 1, 10**400))]}, "has the sizes"),
+        ("[" * 200_000, "recursion"),
         ({"entries": 5}, "not iterable"),
     ],
-    ids=[
-        "no json",
-        "a list",
-        "nothing else",
-        "bytes",
-        "device",
-        "format",
-        "fields",
-        "text",
-        "kind",
-        "sizes",
-        "number",
-    ],
+    ids=lambda one: str(one)[:40],
 )
 def test_a_corrupt_or_foreign_table_is_passed_over_with_a_warning(cache, text, reason, caplog):
     whole = {"format": 1, "device": GPU, "triton": "0", "torch": "0", "entries": [_entry()]}
