@@ -139,7 +139,7 @@ class MixtureSpec:
         known = {each.name for each in fields(cls)}
         if unknown := sorted(set(plain) - known):
             raise IncompatibleError(f"unknown field {unknown[0]!r} of a mixture; known: {', '.join(sorted(known))}")
-        options = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+        options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
         if options.get("gate") is not None:
             options["gate"] = from_description(GATES, options["gate"])
         for key, registry in (("normalise", NORMALISATIONS), ("select", SELECTORS)):

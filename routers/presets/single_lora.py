@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from compose.routers.losses.task_alignment import KlAlign, MmdAlign
 from compose.routers.presets.registry import FreshExperts, Preset, enter
 from compose.routers.spec import MixtureSpec
@@ -22,7 +24,7 @@ def none_r(rank: int) -> Preset:
 
 
 for _rank in RANKS:
-    enter(f"none_r{_rank}")(lambda rank=_rank: none_r(rank))
+    enter(f"none_r{_rank}")(partial(none_r, _rank))
 
 
 @enter("align_lora")
