@@ -7,6 +7,7 @@ adapters, ``R`` rank rows, ``D`` input and ``O`` output width.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -113,16 +114,22 @@ class _Outputs(NamedTuple):
 
     def blocks(self, bn: int) -> int:
         """Blocks of ``bn`` columns, of which none holds two slices."""
-        return sum(cdiv(width, bn) for width in self.widths)
+        return _cut(self.widths, bn)[0]
 
     def even(self, bn: int) -> bool:
         """Whether blocks of ``bn`` columns fit."""
-        return all(width % bn == 0 for width in self.widths)
+        return _cut(self.widths, bn)[1]
 
     @property
     def constants(self) -> dict[str, Any]:
         """What kernels are compiled for."""
-        return {"SLICES": len(self.widths), "ALIGNED": all(width % 16 == 0 for width in self.widths)}
+        return {"SLICES": len(self.widths), "ALIGNED": self.even(16)}
+
+
+@lru_cache(maxsize=1024)
+def _cut(widths: tuple[int, ...], bn: int) -> tuple[int, bool]:
+    """Blocks of ``bn`` columns, of which none holds two slices, and whether they fit."""
+    return sum(cdiv(width, bn) for width in widths), all(width % bn == 0 for width in widths)
 
 
 class Route(NamedTuple):
