@@ -138,7 +138,7 @@ def test_an_interrupted_run_continues_to_the_same_end(inputs, compose_command, t
     )  # fmt: skip
     checkpoints = tmp_path / "run.partial" / "checkpoints"
     deadline = time.monotonic() + 200
-    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+    while not list(checkpoints.glob("step-*[4-9]")) and time.monotonic() < deadline:  # an earlier one is whole then
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
