@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from compose.engine.attach import AttachedModel
-from compose.engine.coefficients import Coefficients
+from compose.engine.coefficients import Coefficients, Combine
 from compose.evaluation.controls import Transform
 from compose.fewshot.scoring import Around, ScoredBatch
 from compose.routers.routed import RoutedModel
@@ -63,10 +63,12 @@ def fixed(attached: AttachedModel, coefficients: Coefficients | None) -> Around:
     return lambda batch: attached.using(coefficients)
 
 
-def weighted_rows(attached: AttachedModel, values_GNE: torch.Tensor, groups: Mapping[str, int]) -> Around:
-    """Run item ``n`` with the coefficients ``values[:, n]``, per site."""
+def weighted_rows(
+    attached: AttachedModel, values_GNE: torch.Tensor, groups: Mapping[str, int], *, combine: Combine = "outputs"
+) -> Around:
+    """Run item ``n`` with the coefficients ``values[:, n]``, per group of targets."""
 
     def around(batch: ScoredBatch) -> AbstractContextManager[Any]:
-        return attached.using(Coefficients(values_GNE[:, list(batch.indices)].contiguous(), groups=groups))
+        return attached.using(Coefficients(values_GNE[:, list(batch.indices)].contiguous(), combine, groups))
 
     return around

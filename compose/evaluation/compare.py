@@ -7,7 +7,7 @@ of the router itself: its gates averaged per task and told the task, in random o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +23,7 @@ from compose.errors import IncompatibleError
 from compose.evaluation.around import adapter_rows, fixed, routed_rows, weighted_rows
 from compose.evaluation.controls import gates_of_other_rows, random_gates
 from compose.evaluation.merges import MERGES, best_merge
-from compose.evaluation.result import Row, TaskScore
+from compose.evaluation.result import ONE_LORA, TOLD, Row, TaskScore
 from compose.evaluation.task_gates import task_gates
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.scoring import Around, score
@@ -32,8 +32,8 @@ from compose.routers.presets.single_lora import none_r
 from compose.routers.records import MixedExample
 from compose.routers.routed import RoutedModel
 from compose.routers.stages import Stage
-from compose.routers.train import train
 from compose.routers.train_settings import TrainSettings
+from compose.routers.training import train
 
 TextEmbedding = Callable[[Sequence[str]], torch.Tensor]
 
@@ -64,16 +64,16 @@ class Baseline:
         stages: As the router's, at least one; all of them train the LoRA.
         settings: Of training; the seed is replaced.
         seeds: One run each.
-        learning_rate: Of the LoRA.
+        learning_rate: Of the LoRA; None: the stages' own, of experts where they say one.
         parameters: It gets the lowest rank that has at least as many; None: as many as the first router trained.
-        targets: It stands on; None: the bank's.
+        targets: It stands on; None: the bank's; without a bank those of the first router's experts.
     """
 
     records: Sequence[MixedExample]
     stages: Sequence[Stage]
     settings: TrainSettings = field(default_factory=TrainSettings)
     seeds: Sequence[int] = (0, 1, 2)
-    learning_rate: float = 1e-3
+    learning_rate: float | None = 1e-3
     parameters: int | None = None
     targets: Sequence[str] | None = None
 
@@ -93,7 +93,7 @@ class Items:
     text_embedding: TextEmbedding | None = None
 
 
-def compare(
+def compare(  # noqa: PLR0913 - one parameter per choice of the comparison
     loaded: LoadedModel,
     bank: Bank | None,
     runs: Sequence[RouterRun],
@@ -104,6 +104,7 @@ def compare(
     merge_rank: int = 64,
     ablations: bool = True,
     seed: int = 0,
+    kept: Sequence[Row] = (),
 ) -> Iterator[Row]:
     """Score all contenders, one after the other; rows come as they are done.
 
@@ -117,38 +118,79 @@ def compare(
         merge_rank: Rank of their results.
         ablations: Whether the router's ablations are scored.
         seed: Of random gates.
+        kept: Rows of an interrupted comparison with the same arguments; they are not measured again.
     """
-    scorer = _Scorer(loaded, items)
+    scorer = _Scorer(loaded, items, kept)
     if bank is not None:
         yield from _references(scorer, bank)
         if merges and items.choosing:
             yield _merge(scorer, bank, merges, merge_rank)
-    parameters = None
+    parameters, targets = None, list(bank.targets) if bank is not None else []
     for run in runs:
         with _opened(run) as routed:
             own = sum(parameter.numel() for parameter in routed.trained_parameters().values())
             trained = own if run.trained is None else run.trained
             parameters = parameters or trained
-            yield from _router(scorer, run, routed, trained)
-            if ablations:
-                yield from _ablations(scorer, run, routed, seed)
+            targets = targets or list(routed.attached.layers)
+            yield from _run(scorer, run, routed, trained, ablations=ablations, seed=seed)
     if baseline is not None:
-        yield from _one_lora(scorer, bank, baseline, baseline.parameters or parameters or 1)
+        yield from _one_lora(scorer, baseline, baseline.targets or targets, baseline.parameters or parameters or 1)
+
+
+def score_run(
+    loaded: LoadedModel,
+    routed: RoutedModel,
+    items: Items,
+    *,
+    name: str,
+    seed: int = 0,
+    trained: int = 0,
+    ablations: bool = True,
+) -> Iterator[Row]:
+    """Score a router that stands on the model, and its ablations.
+
+    Args:
+        loaded: The model it stands on.
+        routed: The router, in evaluation mode.
+        items: Examples.
+        name: In the table.
+        seed: It was trained with; also of random gates.
+        trained: Parameters that were trained.
+        ablations: Whether the ablations are scored.
+    """
+    run = RouterRun(name, seed, lambda: routed)
+    yield from _run(_Scorer(loaded, items), run, routed, trained, ablations=ablations, seed=0)
+
+
+def _run(
+    scorer: _Scorer, run: RouterRun, routed: RoutedModel, trained: int, *, ablations: bool, seed: int
+) -> Iterator[Row]:
+    row = _router(scorer, run, routed, trained)
+    yield row
+    if ablations and not row.skipped:
+        yield from _ablations(scorer, run, routed, seed)
 
 
 class _Scorer:
     """Scores the items in whatever they run in, by task."""
 
-    def __init__(self, loaded: LoadedModel, items: Items) -> None:
+    def __init__(self, loaded: LoadedModel, items: Items, kept: Sequence[Row] = ()) -> None:
         if not items.test:
             raise IncompatibleError("there are no items to score")
+        self._kept = {(row.name, row.seed): row for row in kept}
         self.loaded = loaded
         self.items = items
         self.examples = [item.example for item in items.test]
         self.tasks = [item.task for item in items.test]
 
+    def known(self, name: str, seed: int | None = None) -> Row | None:
+        """The row of one contender, where an interrupted comparison has it."""
+        return self._kept.get((name, seed))
+
     def row(self, around: Around, name: str, kind: str, *, only: Sequence[bool] | None = None, **more: Any) -> Row:
         """The row of one contender; ``only``: items that count."""
+        if (known := self.known(name, more.get("seed"))) is not None:
+            return known
         scores = score(self.loaded, self.examples, around)
         assert scores.losses is not None  # noqa: S101 - a model scored them
         tasks = {}
@@ -189,8 +231,13 @@ def _owner(item: MixedExample, bank: Bank) -> str | None:
 
 
 def _merge(scorer: _Scorer, bank: Bank, methods: Sequence[str], rank: int) -> Row:
+    if (known := scorer.known("best merge")) is not None:
+        return known
     examples = [item.example for item in scorer.items.choosing]
-    best = best_merge(scorer.loaded, bank, examples, rank=rank, methods=methods)
+    try:
+        best = best_merge(scorer.loaded, bank, examples, rank=rank, methods=methods)
+    except IncompatibleError as error:
+        return Row("best merge", "reference", skipped=str(error))
     with attach(scorer.loaded.model, Bank.from_adapters([best.adapter])) as attached:
         around = fixed(attached, Coefficients(torch.tensor([best.scale])))
         return scorer.row(around, "best merge", "reference", about=best.about)
@@ -224,27 +271,21 @@ def told_of(
     return {}
 
 
-def _router(scorer: _Scorer, run: RouterRun, routed: RoutedModel, trained: int) -> Iterator[Row]:
-    about = {"seed": run.seed, "trained": trained}
+def _router(scorer: _Scorer, run: RouterRun, routed: RoutedModel, trained: int) -> Row:
     try:
         said = told_of(routed, scorer.items.test, scorer.items.text_embedding)
     except IncompatibleError as error:
-        yield Row(run.name, "router", skipped=str(error), **about)
-        return
-    yield scorer.row(routed_rows(routed, said), run.name, "router", **about)
+        return Row(run.name, "router", seed=run.seed, trained=trained, skipped=str(error))
+    return scorer.row(routed_rows(routed, said), run.name, "router", seed=run.seed, trained=trained)
 
 
 def _ablations(scorer: _Scorer, run: RouterRun, routed: RoutedModel, seed: int) -> Iterator[Row]:
     """Of routers whose gates depend on the input."""
-    if routed.spec.scope == "static" or routed.spec.combine == "parameters" or routed.mixer.structures:
+    if routed.spec.scope == "static":
         return
-    try:
-        said = told_of(routed, scorer.items.test, scorer.items.text_embedding)
-        told = told_of(routed, scorer.items.choosing, scorer.items.text_embedding)
-    except IncompatibleError:
-        return
+    said = told_of(routed, scorer.items.test, scorer.items.text_embedding)
     if scorer.items.choosing:
-        yield _told_the_task(scorer, run, routed, told)
+        yield _told_the_task(scorer, run, routed)
     random = random_gates(routed.router, seed + run.seed)
     transforms = {"gates in random order": random, "gates of other rows": gates_of_other_rows()}
     for name, transform in transforms.items():
@@ -252,42 +293,62 @@ def _ablations(scorer: _Scorer, run: RouterRun, routed: RoutedModel, seed: int) 
         yield scorer.row(around, f"{run.name}: {name}", "ablation", seed=run.seed)
 
 
-def _told_the_task(scorer: _Scorer, run: RouterRun, routed: RoutedModel, said: Mapping[str, torch.Tensor]) -> Row:
+def _told_the_task(scorer: _Scorer, run: RouterRun, routed: RoutedModel) -> Row:
     """The router's gates averaged per task: an oracle knows the task, nothing looks at tokens."""
-    records, name = scorer.items.choosing, f"{run.name}: mean gates, told the task"
+    records, name = scorer.items.choosing, f"{run.name}: {TOLD}"
+    if (known := scorer.known(name, run.seed)) is not None:
+        return known
     numbers = {task: number for number, task in enumerate(dict.fromkeys(record.task for record in records))}
     if missing := sorted(set(scorer.tasks) - set(numbers)):
         return Row(name, "ablation", seed=run.seed, skipped=f"no records to average over for {', '.join(missing)}")
     examples = [record.example for record in records]
     tasks = [numbers[record.task] for record in records]
-    found = task_gates(routed, scorer.loaded, examples, tasks, num_tasks=len(numbers), said=said)
+    try:
+        said = told_of(routed, records, scorer.items.text_embedding)
+        found = task_gates(routed, scorer.loaded, examples, tasks, num_tasks=len(numbers), said=said)
+    except IncompatibleError as error:
+        return Row(name, "ablation", seed=run.seed, skipped=str(error))
     values_GNE = found.rows([numbers[task] for task in scorer.tasks])
-    around = weighted_rows(routed.attached, values_GNE, found.groups)
+    around = weighted_rows(routed.attached, values_GNE, found.groups, combine=routed.spec.combine)
     return scorer.row(around, name, "ablation", seed=run.seed)
 
 
-def _one_lora(scorer: _Scorer, bank: Bank | None, baseline: Baseline, parameters: int) -> Iterator[Row]:
+def _one_lora(scorer: _Scorer, baseline: Baseline, targets: Sequence[str], parameters: int) -> Iterator[Row]:
     model = scorer.loaded.model
-    targets = list(baseline.targets or (bank.targets if bank is not None else ()))
     per_rank = sum(sum(linear_widths(model, target)) for target in targets)
     if not per_rank:
         raise IncompatibleError("the one LoRA needs targets; give a bank or targets")
     rank = max(1, -(-parameters // per_rank))
-    spec = none_r(rank).spec
+    name, spec = f"{ONE_LORA} of rank {rank}", none_r(rank).spec
+    if any(stage.experts for stage in baseline.stages):
+        reason = "stages choose records by the expert's label, which one LoRA does not have; give other stages"
+        yield Row(name, "baseline", trained=rank * per_rank, skipped=reason)
+        return
+    records = [replace(record, expert=None) for record in baseline.records]  # labels name experts that are not here
     for seed in baseline.seeds:
+        if (known := scorer.known(name, seed)) is not None:
+            yield known
+            continue
         adapters: list[Adapter] = fresh_experts(
             model, targets, num_experts=1, rank=rank, alpha=2.0 * rank, seed=seed, names=["one"]
         )
         with attach(model, Bank.from_adapters(adapters), trainable=True) as attached:
             settings = replace(baseline.settings, seed=seed)
             routed = train(
-                attached, spec, baseline.records, tokenizer=scorer.loaded.tokenizer,
+                attached, spec, records, tokenizer=scorer.loaded.tokenizer,
                 prompt_format=scorer.loaded.prompt_format, stages=_for_experts(baseline), settings=settings,
             ).routed.eval()  # fmt: skip
-            yield scorer.row(
-                routed_rows(routed, {}), f"one LoRA of rank {rank}", "baseline", seed=seed, trained=rank * per_rank
-            )
+            yield scorer.row(routed_rows(routed, {}), name, "baseline", seed=seed, trained=rank * per_rank)
 
 
 def _for_experts(baseline: Baseline) -> list[Stage]:
-    return [replace(stage, train="experts", learning_rate=baseline.learning_rate) for stage in baseline.stages]
+    """The stages, all for the LoRA alone, at one rate each."""
+    return [
+        replace(
+            stage,
+            train="experts",
+            learning_rate=baseline.learning_rate or stage.expert_learning_rate or stage.learning_rate,
+            expert_learning_rate=None,
+        )
+        for stage in baseline.stages
+    ]

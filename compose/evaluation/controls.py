@@ -23,11 +23,12 @@ def random_gates(router: Router, seed: int) -> Transform:
     generator = torch.Generator().manual_seed(seed)
 
     def transform(site: str, routing: Routing) -> Routing:
-        gates = routing.dense()
-        here = router.site(site).available_E.nonzero().squeeze(-1)
+        available_E = router.site(site).available_E
+        gates = routing.dense().unflatten(-1, (-1, len(available_E)))  # one set, or one per split
+        here = available_E.nonzero().squeeze(-1)
         keys = torch.rand(*gates.shape[:-1], len(here), generator=generator).to(gates.device)
         mixed = gates.index_select(-1, here).gather(-1, keys.argsort(-1))
-        return routing._replace(gates=gates.index_copy(-1, here, mixed), expert_ids=None)
+        return routing._replace(gates=gates.index_copy(-1, here, mixed).flatten(-2), expert_ids=None)
 
     return transform
 
@@ -35,7 +36,7 @@ def random_gates(router: Router, seed: int) -> Transform:
 def gates_of_other_rows() -> Transform:
     """Every row gets the gates of the row half a batch away: right sharpness and experts in use, wrong input.
 
-    Gates that do not differ between rows stay as they are.
+    Gates that do not differ between rows stay as they are, and so do those of a batch of one row.
     """
 
     def transform(site: str, routing: Routing) -> Routing:

@@ -12,6 +12,7 @@ from compose.bank import Bank
 from compose.engine.attach import attach
 from compose.engine.coefficients import Coefficients
 from compose.engine.merge import merge
+from compose.errors import IncompatibleError
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.losses import response_losses
 from compose.text.encoding import encode
@@ -45,14 +46,23 @@ def best_merge(
         bank: The adapters, all at weight ``1 / E``, so that factor 1 is their average.
         items: Examples that are not tested on.
         rank: Every result is recompressed to it.
-        methods: Names of merge methods.
+        methods: Names of merge methods; those that refuse this bank are left out, and ``about`` says so.
+
+    Raises:
+        IncompatibleError: All of them refuse it, or none is named.
+        UnknownNameError: No such method.
     """
     weights = dict.fromkeys(bank.names, 1.0 / len(bank))
     encoder_decoder = loaded.model.config.is_encoder_decoder
     rows = encode(items, loaded.tokenizer, loaded.prompt_format, encoder_decoder=encoder_decoder)
     found: list[tuple[float, BestMerge]] = []
+    refused: dict[str, str] = {}
     for method in methods:
-        adapter = merge(bank, method, weights, rank=rank, **MERGES.get(method, {})).adapter
+        try:
+            adapter = merge(bank, method, weights, rank=rank, **MERGES.get(method, {})).adapter
+        except IncompatibleError as error:
+            refused[method] = str(error)
+            continue
         for scale in (scale * len(bank) ** 0.5 for scale in SCALES):
             with attach(loaded.model, Bank.from_adapters([adapter])) as attached:
                 attached.set(Coefficients(torch.tensor([scale])))
@@ -60,4 +70,9 @@ def best_merge(
                 parts = [response_losses(loaded.model, rows[start : start + ROWS]) for start in starts]
             loss = float(torch.cat(parts).mean())
             found.append((loss, BestMerge(adapter, scale, f"{method}, factor {scale:.2f}, rank {rank}")))
-    return min(found, key=lambda pair: pair[0])[1]
+    if not found:
+        raise IncompatibleError(
+            "; ".join(f"{method}: {why}" for method, why in refused.items()) or "no merge is named"
+        )
+    _, best = min(found, key=lambda pair: pair[0])
+    return best._replace(about=f"{best.about}; not for this bank: {', '.join(refused)}") if refused else best

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean, stdev
 from typing import Any, NamedTuple
+
+ORACLE = "oracle adapters"
+ONE_LORA = "one LoRA"
+"""Followed by its rank."""
+TOLD = "mean gates, told the task"
+"""Behind a router's name: the oracle task gate."""
 
 
 class TaskScore(NamedTuple):
@@ -67,7 +73,7 @@ class Summary(NamedTuple):
         exact: Mean over seeds of the macro exact match.
         spread: Standard deviation over seeds; 0.0 with one.
         loss: Mean over seeds of the macro loss.
-        ratio: ``exact`` relative to the oracle adapters'; None without them.
+        ratio: ``exact`` relative to the oracle adapters', over the tasks that have one; None without them.
         seeds: How many.
         about: Of the first seed.
     """
@@ -89,14 +95,15 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
     by_name: dict[str, list[Row]] = {}
     for row in scored:
         by_name.setdefault(row.name, []).append(row)
-    oracle = by_name.get("oracle adapters")
+    oracle = by_name.get(ORACLE, [])
+    owned = oracle[0].tasks if oracle else {}
     best = mean(row.exact for row in oracle) if oracle else 0.0
     summaries = []
     for name, group in by_name.items():
         exact = [row.exact for row in group]
         spread = stdev(exact) if len(exact) > 1 else 0.0
         first = group[0]
-        ratio = mean(exact) / best if best else None
+        ratio = mean(_over(row, owned) for row in group) / best if best else None
         loss = mean(row.loss for row in group)
         summaries.append(
             Summary(name, first.kind, first.trained, mean(exact), spread, loss, ratio, len(group), first.about)
@@ -104,17 +111,23 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
     return summaries
 
 
+def _over(row: Row, tasks: Iterable[str]) -> float:
+    """Macro mean of the exact match over some tasks."""
+    return mean(row.tasks[task].exact for task in tasks)
+
+
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """What a reader must not miss: a router that does not beat what knows nothing, or one LoRA, or is not varied.
 
-    A router beats a contender where its mean exact match is higher by more than the larger of the two spreads over
-    seeds; with equal exact match the lower loss decides.
+    What is told the task (the oracle adapters, mean gates per task) is no rival. A router beats a contender where its
+    mean exact match is higher by more than the larger of the two spreads over seeds; with equal exact match the lower
+    loss decides.
     """
     summaries = {summary.name: summary for summary in summarise(rows)}
     lines = []
     for router in [summary for summary in summaries.values() if summary.kind == "router"]:
-        rivals = ["uniform average", "best merge", *(name for name in summaries if name.startswith("one LoRA"))]
-        rivals += [name for name in summaries if name.startswith(f"{router.name}: ")]
+        rivals = ["uniform average", "best merge", *(name for name in summaries if name.startswith(ONE_LORA))]
+        rivals += [name for name in summaries if name.startswith(f"{router.name}: ") and not name.endswith(TOLD)]
         known = [summaries[name] for name in rivals if name in summaries]
         lines += [
             f"{router.name} does not beat {rival.name}: exact match {router.exact:.3f} against {rival.exact:.3f}, "

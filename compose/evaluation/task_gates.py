@@ -10,10 +10,14 @@ from typing import NamedTuple
 
 import torch
 
+from compose.errors import IncompatibleError
 from compose.evaluation.around import prompt_columns
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.scoring import ScoredBatch
+from compose.routers.context import RoutingContext
 from compose.routers.routed import RoutedModel
+from compose.routers.routing import Decisions, Routing
+from compose.routers.steps import Seen
 from compose.text.encoding import Encoded, encode, pad
 from compose.text.examples import Example
 
@@ -25,8 +29,9 @@ class TaskGates(NamedTuple):
     """Mean gates.
 
     Attributes:
-        values_GTE: ``(G + 1, tasks, E)`` float32; the last line holds zeros.
-        groups: Target -> site number; the last for targets without a gate.
+        values_GTE: ``(G, tasks, E)`` float32, as they are applied: what an expert without factors at a target would
+            get is shared out there as the mixture says. The last line holds zeros.
+        groups: Target -> its line; the last for targets without a gate.
     """
 
     values_GTE: torch.Tensor
@@ -56,7 +61,11 @@ def task_gates(
         tasks: Task number of each.
         num_tasks: How many tasks there are.
         said: What the router is told of every item; see ``compose.evaluation.around.routed_rows``.
+
+    Raises:
+        IncompatibleError: The mixture is not what coefficients of a bank's adapters can say.
     """
+    _check_says(routed)
     sites = {name: index for index, name in enumerate(routed.router.layout)}
     experts = len(routed.router.experts)
     sums = torch.zeros(len(sites), num_tasks, experts, dtype=torch.float64)
@@ -68,24 +77,60 @@ def task_gates(
         rows = tuple(encoded[place] for place in places)
         told = {name: values[list(places)].to(routed.device) for name, values in said.items()}
         if not encoder_decoder:
-            told["prompt_mask"] = prompt_columns(ScoredBatch(tuple(places), rows, left=False))
-        task_ids = torch.tensor([tasks[place] for place in places])
-        told.setdefault("task_ids", task_ids.to(routed.device))
+            told["prompt_mask"] = prompt_columns(ScoredBatch(tuple(places), rows, left=False)).to(routed.device)
+        tasks_B = torch.tensor([tasks[place] for place in places])
         with routed.recording() as decisions:
             routed(**_inputs(loaded, rows, encoder_decoder), **told)
         for each in decisions:
-            place, real_N = sites[each.site], each.real_N.cpu()
-            numbers_N = each.tasks_N.cpu()[real_N]
-            if (numbers_N < 0).any():  # static gates decide once for the whole batch
-                numbers_N, gates = task_ids, each.gates_NE.double().cpu().expand(len(task_ids), -1)
-            else:
-                gates = each.gates_NE.double().cpu()[real_N]
-            sums[place].index_add_(0, numbers_N, gates)
+            numbers_N, gates_NE = _by_task(each, tasks_B)
+            place = sites[each.site]
+            sums[place].index_add_(0, numbers_N, gates_NE)
             counts[place].index_add_(0, numbers_N, torch.ones(len(numbers_N), 1, dtype=torch.float64))
-    means = torch.cat([sums / counts.clamp_min(1), torch.zeros(1, num_tasks, experts, dtype=torch.float64)])
-    site_of = routed.router.site_of
-    groups = {target: sites.get(site_of.get(target, ""), len(sites)) for target in routed.attached.layers}
-    return TaskGates(means.float(), groups)
+    means = dict(zip(sites, (sums / counts.clamp_min(1)).float(), strict=True))
+    return _applied(routed, {**means, **_constant(routed, num_tasks)})
+
+
+def _check_says(routed: RoutedModel) -> None:
+    spec = routed.spec
+    if spec.structure != "lora" or spec.splits > 1 or spec.subtract_start:
+        raise IncompatibleError(
+            "its experts are more than low-rank factors of a bank, so mean gates cannot be put into force as "
+            "coefficients"
+        )
+
+
+def _constant(routed: RoutedModel, num_tasks: int) -> dict[str, torch.Tensor]:
+    """Gates ``(tasks, E)`` of sites that have always-on experts alone: nothing is decided there."""
+    names = [name for name in routed.router.layout if routed.router.site(name).constant]
+    nothing = Seen(None, None, None, None, RoutingContext(), False)
+    return {name: routed.router(name, nothing).gates.float().cpu().expand(num_tasks, -1) for name in names}
+
+
+def _by_task(decisions: Decisions, tasks_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Task number and gates of every real decision; gates that the whole batch shares count for each row."""
+    gates_NE = decisions.gates_NE.double().cpu()
+    if len(gates_NE) == 1 or decisions.rows_N is None:
+        return tasks_B, gates_NE.expand(len(tasks_B), -1)
+    real_N = decisions.real_N.cpu()
+    return tasks_B[decisions.rows_N.cpu()[real_N]], gates_NE[real_N]
+
+
+def _applied(routed: RoutedModel, means: Mapping[str, torch.Tensor]) -> TaskGates:
+    """Mean gates ``(tasks, E)`` by site -> one line per site and set of experts that have factors."""
+    lines: dict[tuple[str, tuple[bool, ...]], torch.Tensor] = {}
+    places: dict[str, tuple[str, tuple[bool, ...]]] = {}
+    for target, layer in routed.attached.layers.items():
+        if (site := routed.router.site_of.get(target)) is None:
+            continue
+        key = (site, tuple(rank > 0 for rank in layer.stack.ranks))
+        mean_TE = means[site]
+        if key not in lines:
+            lines[key], _ = routed.mixer.fitted(Routing(mean_TE, None, mean_TE, mean_TE), layer.stack)
+        places[target] = key
+    numbers = {key: number for number, key in enumerate(lines)}
+    zeros = torch.zeros_like(next(iter(means.values())))
+    groups = {target: numbers[places[target]] if target in places else len(lines) for target in routed.attached.layers}
+    return TaskGates(torch.stack([*lines.values(), zeros]), groups)
 
 
 def _inputs(loaded: LoadedModel, rows: Sequence[Encoded], encoder_decoder: bool) -> dict[str, torch.Tensor]:
