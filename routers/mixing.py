@@ -66,14 +66,17 @@ class Mixer(nn.Module):
         return self.residuals[key] if key in self.residuals else None  # noqa: SIM401 - a ModuleDict has no get
 
     def fitted(self, routing: Routing, stack: LoraStack) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Gates for one target: experts without factors here are masked, and the rest takes over their share."""
+        """Gates for one target: experts without factors here are masked, and the rest takes over their share.
+
+        The sum of absolute gates stays: the plain sum of gates of both signs (`MixtureSpec.post`) may be near 0.
+        """
         if self.spec.missing == "zero" or all(stack.ranks):
             return routing.gates, routing.expert_ids
         here_E = torch.tensor([rank > 0 for rank in stack.ranks], device=routing.gates.device)
         here = here_E if routing.expert_ids is None else here_E[routing.expert_ids]
         kept = routing.gates * here
-        total, rest = routing.gates.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
-        share = torch.where(rest.abs() > 1e-12, total / torch.where(rest == 0, torch.ones_like(rest), rest), 0.0)
+        total, rest = (each.abs().sum(-1, keepdim=True) for each in (routing.gates, kept))
+        share = torch.where(rest > 1e-12, total / torch.where(rest == 0, torch.ones_like(rest), rest), 0.0)
         return kept * share, routing.expert_ids
 
 
