@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import compose
 from compose.cli.console import note
@@ -15,8 +15,10 @@ from compose.cli.loading import load_base
 from compose.cli.train_progress import TrainProgress
 from compose.cli.train_request import TrainRequest
 from compose.errors import ComposeError
-from compose.fewshot.loading import LoadedModel
 from compose.fewshot.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from compose.fewshot.loading import LoadedModel
 
 HISTORY, RECIPE, SUMMARY, CHECKPOINTS = "history.jsonl", "recipe.json", "train.json", "checkpoints"
 

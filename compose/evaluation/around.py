@@ -13,9 +13,12 @@ import torch
 
 from compose.engine.attach import AttachedModel
 from compose.engine.coefficients import Coefficients, Combine
+from compose.errors import IncompatibleError
 from compose.evaluation.controls import Transform
 from compose.fewshot.scoring import Around, ScoredBatch
+from compose.routers.records import MixedExample
 from compose.routers.routed import RoutedModel
+from compose.routers.train_data import TextEmbedding
 
 
 def prompt_columns(batch: ScoredBatch) -> torch.Tensor:
@@ -25,6 +28,34 @@ def prompt_columns(batch: ScoredBatch) -> torch.Tensor:
         return torch.ones(len(batch.rows), longest, dtype=torch.bool)
     lengths = torch.tensor([len(row.prompt) for row in batch.rows])
     return torch.arange(longest) < lengths[:, None]
+
+
+def told_of(
+    routed: RoutedModel, records: Sequence[MixedExample], text_embedding: TextEmbedding | None
+) -> dict[str, torch.Tensor]:
+    """What a router may be told of records, by what its gates read.
+
+    Raises:
+        IncompatibleError: Its gates read what the records do not have.
+    """
+    gate_input = routed.spec.gate_input
+    if gate_input == "task_id":
+        numbers = {task: number for number, task in enumerate(routed.router.tasks)}
+        unknown = sorted({record.task for record in records} - set(numbers))
+        if unknown:
+            raise IncompatibleError(
+                f"the router was not trained on task {unknown[0]!r}; it knows {', '.join(numbers)}"
+            )
+        return {"task_ids": torch.tensor([numbers[record.task] for record in records])}
+    if gate_input == "cluster_id":
+        if missing := [record.task for record in records if record.cluster is None]:
+            raise IncompatibleError(f"the router reads clusters, and records have none (task {missing[0]!r})")
+        return {"cluster_ids": torch.tensor([record.cluster for record in records])}
+    if gate_input == "text":
+        if text_embedding is None:
+            raise IncompatibleError("the router reads text embeddings; give text_embedding")
+        return {"text_embedding": text_embedding([record.example.input for record in records])}
+    return {}
 
 
 def routed_rows(routed: RoutedModel, said: Mapping[str, torch.Tensor], transform: Transform | None = None) -> Around:

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from compose.adapter import Adapter
 from compose.bank import Bank
 from compose.engine.attach import attach
 from compose.engine.coefficients import Coefficients
 from compose.errors import IncompatibleError
-from compose.evaluation.around import adapter_rows, fixed, routed_rows, weighted_rows
+from compose.evaluation.around import adapter_rows, fixed, routed_rows, told_of, weighted_rows
 from compose.evaluation.controls import gates_of_other_rows, random_gates
 from compose.evaluation.merges import MERGES, best_merge
 from compose.evaluation.result import ONE_LORA, TOLD, Row, TaskScore
@@ -32,10 +31,9 @@ from compose.routers.presets.single_lora import none_r
 from compose.routers.records import MixedExample
 from compose.routers.routed import RoutedModel
 from compose.routers.stages import Stage
+from compose.routers.train_data import TextEmbedding
 from compose.routers.train_settings import TrainSettings
 from compose.routers.training import train
-
-TextEmbedding = Callable[[Sequence[str]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ class Baseline:
         settings: Of training; the seed is replaced.
         seeds: One run each.
         learning_rate: Of the LoRA; None: the stages' own, of experts where they say one.
-        parameters: It gets the lowest rank that has at least as many; None: as many as the first router trained.
+        parameters: It gets the lowest rank that has at least as many; None: as many as a router trained, one LoRA for
+            each rank that this makes.
         targets: It stands on; None: the bank's; without a bank those of the first router's experts.
     """
 
@@ -76,6 +75,10 @@ class Baseline:
     learning_rate: float | None = 1e-3
     parameters: int | None = None
     targets: Sequence[str] | None = None
+
+    def rate(self, stage: Stage) -> float:
+        """The LoRA's learning rate in a stage."""
+        return self.learning_rate or stage.expert_learning_rate or stage.learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +128,17 @@ def compare(  # noqa: PLR0913 - one parameter per choice of the comparison
         yield from _references(scorer, bank)
         if merges and items.choosing:
             yield _merge(scorer, bank, merges, merge_rank)
-    parameters, targets = None, list(bank.targets) if bank is not None else []
+    parameters, targets = dict[str, int](), list(bank.targets) if bank is not None else []
     for run in runs:
         with _opened(run) as routed:
             own = sum(parameter.numel() for parameter in routed.trained_parameters().values())
             trained = own if run.trained is None else run.trained
-            parameters = parameters or trained
+            parameters.setdefault(run.name, trained)
             targets = targets or list(routed.attached.layers)
             yield from _run(scorer, run, routed, trained, ablations=ablations, seed=seed)
     if baseline is not None:
-        yield from _one_lora(scorer, baseline, baseline.targets or targets, baseline.parameters or parameters or 1)
+        wanted = [baseline.parameters] if baseline.parameters is not None else list(parameters.values())
+        yield from _one_lora(scorer, baseline, baseline.targets or targets, wanted)
 
 
 def score_run(
@@ -243,34 +247,6 @@ def _merge(scorer: _Scorer, bank: Bank, methods: Sequence[str], rank: int) -> Ro
         return scorer.row(around, "best merge", "reference", about=best.about)
 
 
-def told_of(
-    routed: RoutedModel, records: Sequence[MixedExample], text_embedding: TextEmbedding | None
-) -> dict[str, torch.Tensor]:
-    """What a router may be told of records, by what its gates read.
-
-    Raises:
-        IncompatibleError: Its gates read what the records do not have.
-    """
-    gate_input = routed.spec.gate_input
-    if gate_input == "task_id":
-        numbers = {task: number for number, task in enumerate(routed.router.tasks)}
-        unknown = sorted({record.task for record in records} - set(numbers))
-        if unknown:
-            raise IncompatibleError(
-                f"the router was not trained on task {unknown[0]!r}; it knows {', '.join(numbers)}"
-            )
-        return {"task_ids": torch.tensor([numbers[record.task] for record in records])}
-    if gate_input == "cluster_id":
-        if missing := [record.task for record in records if record.cluster is None]:
-            raise IncompatibleError(f"the router reads clusters, and records have none (task {missing[0]!r})")
-        return {"cluster_ids": torch.tensor([record.cluster for record in records])}
-    if gate_input == "text":
-        if text_embedding is None:
-            raise IncompatibleError("the router reads text embeddings; give text_embedding")
-        return {"text_embedding": text_embedding([record.example.input for record in records])}
-    return {}
-
-
 def _router(scorer: _Scorer, run: RouterRun, routed: RoutedModel, trained: int) -> Row:
     try:
         said = told_of(routed, scorer.items.test, scorer.items.text_embedding)
@@ -313,42 +289,50 @@ def _told_the_task(scorer: _Scorer, run: RouterRun, routed: RoutedModel) -> Row:
     return scorer.row(around, name, "ablation", seed=run.seed)
 
 
-def _one_lora(scorer: _Scorer, baseline: Baseline, targets: Sequence[str], parameters: int) -> Iterator[Row]:
-    model = scorer.loaded.model
-    per_rank = sum(sum(linear_widths(model, target)) for target in targets)
+def _one_lora(scorer: _Scorer, baseline: Baseline, targets: Sequence[str], parameters: Sequence[int]) -> Iterator[Row]:
+    """One LoRA for each rank that has as many parameters as are wanted, and seed."""
+    per_rank = sum(sum(linear_widths(scorer.loaded.model, target)) for target in targets)
     if not per_rank:
         raise IncompatibleError("the one LoRA needs targets; give a bank or targets")
-    rank = max(1, -(-parameters // per_rank))
-    name, spec = f"{ONE_LORA} of rank {rank}", none_r(rank).spec
-    if any(stage.experts for stage in baseline.stages):
-        reason = "stages choose records by the expert's label, which one LoRA does not have; give other stages"
-        yield Row(name, "baseline", trained=rank * per_rank, skipped=reason)
-        return
     records = [replace(record, expert=None) for record in baseline.records]  # labels name experts that are not here
-    for seed in baseline.seeds:
-        if (known := scorer.known(name, seed)) is not None:
-            yield known
+    unlabelled = replace(baseline, records=records)
+    for rank in dict.fromkeys(max(1, -(-count // per_rank)) for count in parameters or [1]):
+        name, trained = f"{ONE_LORA} of rank {rank}", rank * per_rank
+        if any(stage.experts for stage in baseline.stages):
+            reason = "stages choose records by the expert's label, which one LoRA does not have; give other stages"
+            yield Row(name, "baseline", trained=trained, skipped=reason)
             continue
-        adapters: list[Adapter] = fresh_experts(
-            model, targets, num_experts=1, rank=rank, alpha=2.0 * rank, seed=seed, names=["one"]
-        )
-        with attach(model, Bank.from_adapters(adapters), trainable=True) as attached:
-            settings = replace(baseline.settings, seed=seed)
-            routed = train(
-                attached, spec, records, tokenizer=scorer.loaded.tokenizer,
-                prompt_format=scorer.loaded.prompt_format, stages=_for_experts(baseline), settings=settings,
-            ).routed.eval()  # fmt: skip
-            yield scorer.row(routed_rows(routed, {}), name, "baseline", seed=seed, trained=rank * per_rank)
+        for seed in baseline.seeds:
+            if (known := scorer.known(name, seed)) is not None:
+                yield known
+                continue
+            try:
+                with _trained_lora(scorer.loaded, targets, rank, unlabelled, seed) as routed:
+                    row = scorer.row(routed_rows(routed, {}), name, "baseline", seed=seed, trained=trained)
+            except IncompatibleError as error:
+                row = Row(name, "baseline", seed=seed, trained=trained, skipped=str(error))
+            yield row
+
+
+@contextmanager
+def _trained_lora(
+    loaded: LoadedModel, targets: Sequence[str], rank: int, baseline: Baseline, seed: int
+) -> Iterator[RoutedModel]:
+    """One LoRA, trained as the baseline says, in force on the model."""
+    adapters = fresh_experts(
+        loaded.model, targets, num_experts=1, rank=rank, alpha=2.0 * rank, seed=seed, names=["one"]
+    )
+    with attach(loaded.model, Bank.from_adapters(adapters), trainable=True) as attached:
+        yield train(
+            attached, none_r(rank).spec, baseline.records, tokenizer=loaded.tokenizer,
+            prompt_format=loaded.prompt_format, stages=_for_experts(baseline),
+            settings=replace(baseline.settings, seed=seed),
+        ).routed.eval()  # fmt: skip
 
 
 def _for_experts(baseline: Baseline) -> list[Stage]:
     """The stages, all for the LoRA alone, at one rate each."""
     return [
-        replace(
-            stage,
-            train="experts",
-            learning_rate=baseline.learning_rate or stage.expert_learning_rate or stage.learning_rate,
-            expert_learning_rate=None,
-        )
+        replace(stage, train="experts", learning_rate=baseline.rate(stage), expert_learning_rate=None)
         for stage in baseline.stages
     ]

@@ -111,6 +111,33 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
     return summaries
 
 
+def task_means(rows: Sequence[Row], name: str) -> list[tuple[str, TaskScore]]:
+    """Scores of a contender by task: means over its seeds."""
+    group = [row for row in rows if row.name == name and not row.skipped]
+    return [
+        (task, TaskScore(mean(row.tasks[task].exact for row in group), mean(row.tasks[task].loss for row in group)))
+        for task in (group[0].tasks if group else {})
+    ]
+
+
+def page_scores(rows: Sequence[Row], router: str) -> dict[str, float]:
+    """Macro exact match by contender as a router's page takes it: the router is ``"router"``.
+
+    Its ablations go by their own names, those of other routers are left out; what is told the task starts with
+    ``"oracle"``.
+    """
+    found = {}
+    for summary in summarise(rows):
+        name = "router" if summary.name == router else summary.name
+        if summary.kind == "ablation":
+            if not summary.name.startswith(f"{router}: "):
+                continue
+            name = summary.name.removeprefix(f"{router}: ")
+            name = f"oracle task gate ({TOLD})" if name == TOLD else name
+        found[name] = summary.exact
+    return found
+
+
 def _over(row: Row, tasks: Iterable[str]) -> float:
     """Macro mean of the exact match over some tasks."""
     return mean(row.tasks[task].exact for task in tasks)
@@ -126,7 +153,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     summaries = {summary.name: summary for summary in summarise(rows)}
     lines = []
     for router in [summary for summary in summaries.values() if summary.kind == "router"]:
-        rivals = ["uniform average", "best merge", *(name for name in summaries if name.startswith(ONE_LORA))]
+        rivals = ["uniform average", "best merge", *_lora_of_size(router.trained, summaries)]
         rivals += [name for name in summaries if name.startswith(f"{router.name}: ") and not name.endswith(TOLD)]
         known = [summaries[name] for name in rivals if name in summaries]
         lines += [
@@ -138,6 +165,13 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         if router.seeds < 3:
             lines.append(f"{router.name} was scored with {router.seeds} seed(s); fewer than 3 say little")
     return lines
+
+
+def _lora_of_size(parameters: int, summaries: Mapping[str, Summary]) -> list[str]:
+    """The smallest single LoRA with at least as many trained parameters, or the largest there is."""
+    loras = sorted((one for one in summaries.values() if one.name.startswith(ONE_LORA)), key=lambda one: one.trained)
+    enough = [one.name for one in loras if one.trained >= parameters]
+    return enough[:1] or [one.name for one in loras[-1:]]
 
 
 def beats(one: Summary, other: Summary) -> bool:

@@ -11,7 +11,7 @@ from compose.cli import COMMANDS, Command
 from compose.cli.main import build_app, guarded
 from compose.errors import ComposeError
 
-NAMES = ["compress", "convert", "demo", "doctor", "generate", "inspect", "merge", "route", "search"]
+NAMES = ["compress", "convert", "demo", "doctor", "eval", "generate", "inspect", "merge", "route", "search", "train"]
 SUBCOMMANDS = [["demo", "build"]]
 
 
