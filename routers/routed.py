@@ -25,8 +25,8 @@ class RoutedModel(nn.Module):
     """The model, its router and what trains, as one module.
 
     Calling it runs the model with the router in force and adds the auxiliary losses to the model's loss. It works
-    where modules work: plain loops, ``Trainer``, ``DistributedDataParallel``, gradient checkpointing (not reentrant, where
-    auxiliary losses train). The router stays in force outside of calls too, so ``model.generate`` uses it, until
+    where modules work: plain loops, ``Trainer``, ``DistributedDataParallel``, gradient checkpointing (not reentrant,
+    where auxiliary losses train). The router stays in force outside of calls too, so ``model.generate`` uses it, until
     ``remove`` or until other coefficients are set on the attached model.
 
     Attributes:
@@ -140,7 +140,10 @@ class RoutedModel(nn.Module):
 
     @contextmanager
     def recording(self, *, inputs: bool = False) -> Iterator[list[Decisions]]:
-        """Collect the decisions of the calls inside a ``with`` block."""
+        """Collect the decisions of the calls inside a ``with`` block.
+
+        End it before ``backward``, in which checkpointed layers run and decide again.
+        """
         with self._session.recording(inputs=inputs) as decisions:
             yield decisions
 
