@@ -16,7 +16,7 @@ from compose.text.encoding import Encoded, encode
 from compose.text.examples import Example
 
 NORMAL = LinearGate(init="normal", std=1.0)
-NAMES = ["shout", None, "capitals", "dashes", "dashes", "shout"]
+NAMES = ["sum", None, "add_one", "largest", "largest", "sum"]
 
 
 def test_columns_of_prompts() -> None:
@@ -77,15 +77,15 @@ def test_gates_of_a_sequence_do_not_see_the_response(loaded, routed) -> None:
 
 
 def test_a_router_is_told_its_own_numbers_of_tasks(routed, records) -> None:
-    spec = MixtureSpec(gate=TableGate(), site="model", scope="task", gate_input="task_id")
-    mixture = routed(spec, tasks=("dashes", "capitals", "shout"))
+    spec = MixtureSpec(gate=TableGate(rows="tasks"), site="model", scope="task", gate_input="task_id")
+    mixture = routed(spec, tasks=("largest", "add_one", "sum"))
     assert told_of(mixture, records(1), None)["task_ids"].tolist() == [2, 1, 0]
-    with pytest.raises(IncompatibleError, match="not trained on task 'stars'; it knows dashes, capitals, shout"):
-        told_of(mixture, records(1, "shout", "stars"), None)
+    with pytest.raises(IncompatibleError, match="not trained on task 'stars'; it knows largest, add_one, sum"):
+        told_of(mixture, records(1, "sum", "stars"), None)
 
 
 def test_what_a_router_reads_and_records_lack_is_named(routed, records) -> None:
-    by_cluster = MixtureSpec(gate=TableGate(), site="model", scope="sequence", gate_input="cluster_id")
+    by_cluster = MixtureSpec(gate=TableGate(rows="clusters"), site="model", scope="sequence", gate_input="cluster_id")
     with pytest.raises(IncompatibleError, match="reads clusters, and records have none"):
         told_of(routed(by_cluster, clusters=2), records(1), None)
 

@@ -27,19 +27,19 @@ def planted(monkeypatch, bank):
     monkeypatch.setattr(merges, "merge", merge)
 
 
-@pytest.mark.parametrize("task", ["shout", "dashes"])
+@pytest.mark.parametrize("task", ["sum", "largest"])
 def test_the_better_of_two_is_found(task, planted, loaded, bank, records) -> None:
     items = [record.example for record in records(4, task)]
-    best = best_merge(loaded, bank, items, rank=8, methods=("shout", "dashes"))
+    best = best_merge(loaded, bank, items, rank=8, methods=("sum", "largest"))
     assert best.adapter.name == task
     assert best.scale in [scale * 3**0.5 for scale in SCALES]
     assert best.about.startswith(f"{task}, factor ")
 
 
 def test_methods_that_refuse_the_bank_are_told(planted, loaded, bank, records) -> None:
-    items = [record.example for record in records(2, "shout")]
-    best = best_merge(loaded, bank, items, rank=8, methods=("refuses", "shout"))
-    assert best.adapter.name == "shout"
+    items = [record.example for record in records(2, "sum")]
+    best = best_merge(loaded, bank, items, rank=8, methods=("refuses", "sum"))
+    assert best.adapter.name == "sum"
     assert best.about.endswith("; not for this bank: refuses")
     with pytest.raises(IncompatibleError, match="refuses: not these ranks"):
         best_merge(loaded, bank, items, rank=8, methods=("refuses",))
@@ -48,7 +48,7 @@ def test_methods_that_refuse_the_bank_are_told(planted, loaded, bank, records) -
 
 
 def test_the_factor_has_the_lowest_loss(loaded, bank, records) -> None:
-    one, items = bank.select(("shout",)), [record.example for record in records(4, "dashes")]
+    one, items = bank.select(("sum",)), [record.example for record in records(4, "largest")]
     best = best_merge(loaded, one, items, rank=16, methods=("sum",))
     with attach(loaded.model, one) as attached:
         losses = {

@@ -16,8 +16,8 @@ from compose.routers.presets.registry import preset
 from compose.routers.spec import MixtureSpec
 from compose.text.encoding import encode
 
-TASKS = ("capitals", "dashes", "shout", "stars")
-BY_TASK = {"gate": TableGate(), "scope": "task", "gate_input": "task_id"}
+TASKS = ("add_one", "largest", "sum", "stars")
+BY_TASK = {"gate": TableGate(rows="tasks"), "scope": "task", "gate_input": "task_id"}
 
 
 def found(mixture, loaded, records, **more):
@@ -63,7 +63,7 @@ def test_static_gates_are_those_of_every_task(loaded, routed, records) -> None:
 def test_gates_by_task_are_the_table_s_rows_whatever_their_order(loaded, routed, records) -> None:
     mixture = scattered(routed(MixtureSpec(**BY_TASK, site="block", missing="zero"), tasks=TASKS))
     numbers, gates = found(mixture, loaded, records(3))
-    assert list(numbers) == ["shout", "capitals", "dashes"]
+    assert list(numbers) == ["sum", "add_one", "largest"]
     for task, number in numbers.items():
         wanted = decided(mixture, task_ids=torch.tensor([TASKS.index(task)]))
         torch.testing.assert_close(of_targets(mixture, gates, number), wanted)
@@ -71,7 +71,7 @@ def test_gates_by_task_are_the_table_s_rows_whatever_their_order(loaded, routed,
 
 def test_gates_of_tokens_are_means_over_real_tokens(loaded, routed, records) -> None:
     mixture = routed(MixtureSpec(gate=LinearGate(init="normal", std=1.0)))
-    few = records(3, "shout")
+    few = records(3, "sum")
     _, together = found(mixture, loaded, few)
     examples = [record.example for record in few]
     sums: dict[str, torch.Tensor] = {}
@@ -117,6 +117,6 @@ def test_sites_with_nothing_to_choose_keep_their_gates(loaded, routed, records, 
 def test_experts_that_are_more_than_factors_are_refused(loaded, routed, records) -> None:
     targets = [target for target in linear_targets(loaded.model) if "layers.0." in target]
     fresh = Bank.from_adapters(fresh_experts(loaded.model, targets, num_experts=3, rank=2, init="kaiming_both"))
-    mixture = routed(preset("mhr", train="router"), over=fresh, tasks=("shout", "capitals", "dashes"))
+    mixture = routed(preset("mhr", train="router"), over=fresh, tasks=("sum", "add_one", "largest"))
     with pytest.raises(IncompatibleError, match="cannot be put into force"):
         found(mixture, loaded, records(1))
