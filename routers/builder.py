@@ -55,6 +55,7 @@ def build(
     Raises:
         IncompatibleError: The bank, the model and the specification do not fit together.
     """
+    check_kinds(attached, spec)
     _check(attached, spec, tasks, clusters, text_features)
     targets = _routed_targets(attached, spec) if targets is None else _known_targets(attached, targets)
     layout = make_sites(targets, spec.site)
@@ -68,6 +69,24 @@ def build(
     residuals = {target: StartResidual(attached.layers[target]) for target in targets if spec.subtract_start}
     session = RoutingSession(attached, router, Mixer(spec, structures, residuals)).to(device)
     return RoutedModel(session, numbers=numbers)
+
+
+def check_kinds(attached: object, spec: object) -> None:
+    """Check that a bank was attached and that a mixture is a specification.
+
+    Raises:
+        IncompatibleError: The model itself was given, or a preset's name.
+    """
+    if not hasattr(attached, "bank"):
+        raise IncompatibleError(
+            f"a router stands over an attached bank, got {type(attached).__name__}; "
+            "call attached = compose.attach(model, bank) first"
+        )
+    if not isinstance(spec, MixtureSpec):
+        raise IncompatibleError(
+            f"the mixture must be a MixtureSpec, got {type(spec).__name__} {str(spec)[:40]!r}; "
+            "presets by name: compose.routers.preset('xlora')"
+        )
 
 
 def _check(attached: Attached, spec: MixtureSpec, tasks: Sequence[str], clusters: int, text_features: int) -> None:

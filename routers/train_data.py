@@ -95,8 +95,9 @@ def prepare(
 
     Raises:
         ExamplesError: Records cannot be encoded; all are named.
-        IncompatibleError: Gates or losses read what records do not have.
+        IncompatibleError: There are no records, or gates or losses read what records do not have.
     """
+    _check_records(examples)
     names = task_names(examples) if tasks is None else tuple(tasks)
     rows = encode_mixed(
         examples, tokenizer, prompt_format, encoder_decoder=config.is_encoder_decoder, tasks=names, experts=experts,
@@ -110,6 +111,16 @@ def prepare(
     if spec.gate_input == "text" and text_embedding is not None:
         text_ND = _embedded([each.example.input for each in examples], text_embedding)
     return TrainData(examples, rows, collator, names, text_ND)
+
+
+def _check_records(examples: Sequence[object]) -> None:
+    if not examples:
+        raise IncompatibleError("there are no records to train on")
+    for each in examples:
+        if not isinstance(each, MixedExample):
+            raise IncompatibleError(
+                f"records must be MixedExample, got {type(each).__name__}; compose.routers.read_mixed reads files"
+            )
 
 
 @dataclass(frozen=True)

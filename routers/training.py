@@ -20,7 +20,7 @@ import torch
 
 from compose.errors import IncompatibleError, RunFolderError
 from compose.routers.balance import SelectionBalance, selection_bias
-from compose.routers.builder import build
+from compose.routers.builder import build, check_kinds
 from compose.routers.checkpoint import (
     Position,
     latest_checkpoint,
@@ -100,6 +100,7 @@ def train(  # noqa: PLR0913 - one parameter per thing that a caller may bring
         IncompatibleError: Bank, specification, records and settings do not fit together, or a loss is not finite.
         RunFolderError: There are checkpoints and ``resume`` is not set, or they are of another run.
     """
+    check_kinds(attached, spec)
     chosen = replace(settings or TrainSettings(), **_known(options))
     if spec.train == "none" and not any(stage.train != "preset" for stage in stages):
         raise IncompatibleError(
@@ -332,7 +333,10 @@ class Run:
 def _known(options: dict[str, Any]) -> dict[str, Any]:
     known = set(TrainSettings.__dataclass_fields__)
     if unknown := sorted(set(options) - known):
-        raise IncompatibleError(f"train has no option {unknown[0]!r}; options: {', '.join(sorted(known))}")
+        raise IncompatibleError(
+            f"train has no option {unknown[0]!r}; options: {', '.join(sorted(known))}, beside train's own arguments "
+            "(steps, epochs, learning_rate, stages ...)"
+        )
     return options
 
 
