@@ -43,7 +43,7 @@ def test_what_a_mixture_needs_is_named(name, options, message, tiny_model, make_
 
 def test_targets_of_another_bank_are_named(tiny_model, make_experts) -> None:
     model = tiny_model("llama")
-    with attach(model, make_experts(model)) as attached, pytest.raises(IncompatibleError, match=r"'x\.y' is no target"):
+    with attach(model, make_experts(model)) as attached, pytest.raises(IncompatibleError, match="is no target"):
         build(attached, preset("arrow"), targets=["x.y"])
 
 
