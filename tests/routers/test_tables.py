@@ -85,7 +85,7 @@ def test_the_examples_run(tmp_path) -> None:
     assert [len(block.splitlines()) for block in blocks if len(block.splitlines()) > 12] == []
     rows = [{"task": task, "prompt": f"{task}: a b {n}", "response": f"{n} b a"} for task in "xy" for n in range(9)]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = "\n".join(blocks).replace("steps=300", "steps=2")
+    code = "\n".join(blocks).replace("300", "2")
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
