@@ -18,7 +18,8 @@ from compose.routers.routing import Decisions, Routing
 from compose.routers.session import RoutingSession
 from compose.routers.spec import MixtureSpec, Trains
 
-_CONTEXT = tuple(each.name for each in fields(RoutingContext) if each.name not in ("attention_mask", "labels"))
+_OF_MODEL = ("attention_mask", "labels", "lag")
+_CONTEXT = tuple(each.name for each in fields(RoutingContext) if each.name not in _OF_MODEL)
 
 
 class RoutedModel(nn.Module):
@@ -130,7 +131,7 @@ class RoutedModel(nn.Module):
             return self.attached.generate(inputs, **options)
 
     @contextmanager
-    def told(self, **said: torch.Tensor) -> Iterator[RoutedModel]:
+    def told(self, **said: Any) -> Iterator[RoutedModel]:
         """Say ``task_ids``, ``cluster_ids`` ... for calls of the bare model inside a ``with`` block."""
         unknown = sorted(set(said) - set(_CONTEXT))
         if unknown:
