@@ -1,4 +1,4 @@
-"""The mixtures that the router study trains on the demo: which preset, over which experts, for how long."""
+"""The mixtures that the router study trains on the demo: which preset, over which experts, at which rate."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from compose.routers.losses.gate_ce import GateCrossEntropy
-
-EXPERT_LABELS = (GateCrossEntropy(coefficient=1.0, level="token"),)
+from compose.routers.gates.linear import LinearGate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +18,7 @@ class Contender:
         options: Fields of the mixture that differ from the preset's.
         over_bank: Over the demo's 36 adapters; else over the fresh experts of the preset.
         learning_rate: The highest; falls linearly.
-        told: What it knows of an item that others do not: ``""``, ``"the task"``.
+        told: What it knows of a test item that others do not: ``""``, ``"the task"``.
         prepare: Made of the training records before or instead of training: ``"phatgoose"``, ``"calibrate"``,
             ``"clusters"``.
         chance: Whether it depends on the seed.
@@ -36,30 +34,26 @@ class Contender:
 
 
 ROUTER = {"train": "router"}
+ONE_GATE = {"site": "model", "gate_input": "first_pass", "gate": LinearGate(bias=True, layer_norm=True)}
 
 CONTENDERS: dict[str, Contender] = {
-    "hmora, taught the expert": Contender(preset="hmora", options={**ROUTER, "losses": EXPERT_LABELS}),
-    "hmora": Contender(preset="hmora", options=ROUTER),
-    "moa": Contender(preset="moa"),
-    "moa, one gate": Contender(preset="moa", options={"site": "model", "gate_input": "first_pass"}),
+    "xlora_prompt": Contender(preset="xlora_prompt", learning_rate=1e-2),
+    "moa, one gate": Contender(preset="moa", options=ONE_GATE, learning_rate=1e-1),
+    "moelora_task": Contender(preset="moelora_task", options=ROUTER, told="the task", learning_rate=1e-2),
     "meteora": Contender(preset="meteora"),
     "xlora": Contender(preset="xlora"),
     "xlora, one gate per target": Contender(preset="xlora_layerwise"),
     "lora_flow": Contender(preset="lora_flow"),
-    "smear": Contender(preset="smear", options=ROUTER),
     "molora": Contender(preset="molora", options=ROUTER),
     "mola": Contender(preset="mola", options=ROUTER),
-    "moelora_task": Contender(preset="moelora_task", options=ROUTER, told="the task", learning_rate=1e-2),
-    "mocle": Contender(preset="mocle", options={**ROUTER, "always_on": (), "universal": "none"}, prepare="clusters"),
-    "phatgoose": Contender(preset="phatgoose", prepare="phatgoose", chance=False),
     "arrow": Contender(preset="arrow", chance=False),
     "spectr": Contender(preset="spectr", chance=False),
     "avg_act": Contender(preset="avg_act", prepare="calibrate", chance=False),
+    "phatgoose": Contender(preset="phatgoose", prepare="phatgoose", chance=False),
     "molora, fresh experts": Contender(preset="molora", over_bank=False),
     "mola, fresh experts": Contender(preset="mola", over_bank=False),
     "hydralora, fresh experts": Contender(preset="hydralora", over_bank=False),
     "moelora_task, fresh experts": Contender(preset="moelora_task", over_bank=False, told="the task"),
     "mocle, fresh experts": Contender(preset="mocle", over_bank=False, prepare="clusters"),
-    "none_r8": Contender(preset="none_r8", over_bank=False),
     "none_r64": Contender(preset="none_r64", over_bank=False),
 }

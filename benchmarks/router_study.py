@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from compose.routers.records import MixedExample
 
 GROUPS = ("upstream", "mixture")
+Job = tuple[str, int, int, int, int, int, str]
+"""Contender, seed, steps, batch, training records, items, device."""
+
 REFERENCES = "references"
 
 
@@ -41,10 +45,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=36)
-    parser.add_argument("--records", type=int, default=256, help="training records per task")
-    parser.add_argument("--items", type=int, default=20, help="test items per task")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=144)
+    parser.add_argument("--records", type=int, default=512, help="training records per task")
+    parser.add_argument("--items", type=int, default=10, help="test items per task")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further run after so many minutes")
     arguments = parser.parse_args()
     if arguments.shown is not None:
@@ -70,19 +74,22 @@ def run(arguments: argparse.Namespace, file: Path) -> list[dict[str, Any]]:
         for name in names
         if (name, seed) not in finished and (not seed or (name != REFERENCES and CONTENDERS[name].chance))
     ]
-    started = time.monotonic()
+    started, failed = time.monotonic(), list[str]()
     context = multiprocessing.get_context("spawn")
     with context.Pool(arguments.workers, initializer=quiet, maxtasksperchild=4) as pool, file.open("a") as stream:
-        for done, found in enumerate(pool.imap_unordered(measure, jobs), start=1):
+        for done, (job, found, problem) in enumerate(pool.imap_unordered(measure_or_tell, jobs), start=1):
             rows += found
+            failed += [job[0]] if problem else []
             stream.writelines(json.dumps(row) + "\n" for row in found)
             stream.flush()
             minutes = (time.monotonic() - started) / 60
-            print(f"[{minutes:5.1f} min] {done}/{len(jobs)} {found[0]['job']}", file=sys.stderr, flush=True)
+            print(f"[{minutes:5.1f} min] {done}/{len(jobs)} {job[0]} {job[1]} {problem}", file=sys.stderr, flush=True)
             if minutes > arguments.minutes:
                 print(f"stopped after {done} of {len(jobs)} runs", file=sys.stderr)
                 pool.terminate()
                 break
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return rows
 
 
@@ -96,7 +103,15 @@ def quiet() -> None:
     torch.set_num_threads(1)
 
 
-def measure(job: tuple[str, int, int, int, int, int, str]) -> list[dict[str, Any]]:
+def measure_or_tell(job: Job) -> tuple[Job, list[dict[str, Any]], str]:
+    """Return a job's rows, or why there are none: one failure must not end the others."""
+    try:
+        return job, measure(job), ""
+    except Exception:  # noqa: BLE001 - told, and the exit code says so
+        return job, [], traceback.format_exc()[-1500:]
+
+
+def measure(job: Job) -> list[dict[str, Any]]:
     """Return the rows of one contender with one seed, one per group of tasks and ablation."""
     from router_training import router_run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,6 +50,7 @@ def router_run(
         fresh = PRESETS[contender.preset].experts
         assert fresh is not None  # noqa: S101 - presets over fresh experts have some
         bank = Bank.from_adapters(fresh.make(loaded.model, linear_targets(loaded.model), seed=seed))
+        records = [replace(record, expert=None) for record in records]  # fresh experts have no task of their own
     prepare: Prepare = list
     if contender.prepare == "clusters":
         prepare = by_cluster(loaded, records, CLUSTERS)
@@ -101,10 +103,11 @@ def _by_expert(
 
 def by_cluster(loaded: LoadedModel, records: Sequence[MixedExample], count: int) -> Prepare:
     """Number records by the nearest of ``count`` centroids of the base model's mean hidden states of prompts."""
-    means = centroids(prompt_features(loaded, records), count)
+    base = loaded._replace(model=copy.deepcopy(loaded.model))  # the model itself is about to get a router
+    means = centroids(prompt_features(base, records), count)
 
     def number(given: Sequence[MixedExample]) -> list[MixedExample]:
-        nearest = torch.cdist(prompt_features(loaded, given).double(), means).argmin(1).tolist()
+        nearest = torch.cdist(prompt_features(base, given).double(), means).argmin(1).tolist()
         return [replace(record, cluster=cluster) for record, cluster in zip(given, nearest, strict=True)]
 
     return number

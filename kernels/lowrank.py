@@ -33,12 +33,14 @@ def lowrank(
         b: ``(R, O)`` or ``(B, R, O)``, like ``a``.
         c: Coefficients that broadcast to ``(B, T, R)``, in the dtype of ``x``; a number costs no pass over ``h``.
         base_BTO: Added when given.
-        reuse_base: Add into ``base_BTO`` and return it when nothing is differentiated; otherwise the result is new.
+        reuse_base: Add into ``base_BTO`` and return it where its memory allows that; for callers that own it. Nothing
+            may have saved it for backward.
     """
     if torch.compiler.is_compiling():
         return _expand(_shrink(x_BTD, a) * c, b, base_BTO, 1.0)
     if differentiated(x_BTD, a, b, c, base_BTO):
-        return _LowRank.apply(x_BTD, a, b, c, base_BTO)
+        reuse = reuse_base and base_BTO is not None and _writable_with_a_graph(base_BTO)
+        return _LowRank.apply(x_BTD, a, b, c, base_BTO, reuse)
     return undifferentiated(x_BTD, a, b, c, base_BTO, reuse_base)
 
 
@@ -71,9 +73,15 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | float, base: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor | float,
+        base: torch.Tensor | None,
+        reuse: bool,
     ) -> torch.Tensor:
-        need_x, need_a, need_b, need_c, _ = ctx.needs_input_grad
+        need_x, need_a, need_b, need_c = ctx.needs_input_grad[:4]
         h = _shrink(x, a)
         z = h * c if need_b or need_c else h.mul_(c)
         number = c if isinstance(c, float) else None
@@ -86,12 +94,15 @@ class _LowRank(torch.autograd.Function):
         )
         ctx.number, ctx.factor_dim = number, a.dim()
         ctx.c_shape = c.shape if isinstance(c, torch.Tensor) else ()
+        if reuse and base is not None:
+            ctx.mark_dirty(base)
+            return _expand_into(z, b, base, 1.0)
         return _expand(z, b, base, 1.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        need_x, need_a, need_b, need_c, need_base = ctx.needs_input_grad
+        need_x, need_a, need_b, need_c, need_base = ctx.needs_input_grad[:5]
         x, a, b, c, h = ctx.saved_tensors
         c = c if ctx.number is None else ctx.number
         dx = da = db = dc = None
@@ -105,7 +116,7 @@ class _LowRank(torch.autograd.Function):
                 dh = dz.mul_(c)
                 da = _outer(dh, x, ctx.factor_dim) if need_a else None
                 dx = _expand(dh, a, None, 1.0) if need_x else None
-        return dx, da, db, dc, dy if need_base else None
+        return dx, da, db, dc, dy if need_base else None, None
 
 
 def differentiated(*operands: torch.Tensor | float | None) -> bool:
@@ -118,6 +129,11 @@ def differentiated(*operands: torch.Tensor | float | None) -> bool:
 def _writable(base: torch.Tensor) -> bool:
     """Whether adding into ``base`` is safe: dense memory, and not an inference tensor met outside inference mode."""
     return base.is_contiguous() and (not base.is_inference() or torch.is_inference_mode_enabled())
+
+
+def _writable_with_a_graph(base: torch.Tensor) -> bool:
+    """`_writable`, and autograd lets it be written to: no view of something else, no leaf that is trained."""
+    return _writable(base) and not base._is_view() and not (base.is_leaf and base.requires_grad)
 
 
 def _shrink(x_BTD: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

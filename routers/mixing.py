@@ -35,8 +35,9 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.structures = nn.ModuleDict({key.replace(".", "/"): module for key, module in (structures or {}).items()})
-        self.residuals = nn.ModuleDict({key.replace(".", "/"): module for key, module in (residuals or {}).items()})
+        self._structure_of, self._residual_of = dict(structures or {}), dict(residuals or {})
+        self.structures = nn.ModuleDict({key.replace(".", "/"): module for key, module in self._structure_of.items()})
+        self.residuals = nn.ModuleDict({key.replace(".", "/"): module for key, module in self._residual_of.items()})
 
     def forward(self, x: torch.Tensor, call: Any, routing: Routing) -> torch.Tensor:
         """Return the base output plus the mixture: ``x (B, D)`` or ``(B, T, D)`` -> the same with ``O``."""
@@ -57,13 +58,11 @@ class Mixer(nn.Module):
 
     def structure(self, target: str) -> nn.Module | None:
         """The target's own experts, where there are any."""
-        key = target.replace(".", "/")
-        return self.structures[key] if key in self.structures else None  # noqa: SIM401 - a ModuleDict has no get
+        return self._structure_of.get(target)
 
     def residual(self, target: str) -> nn.Module | None:
         """What is subtracted from the target's base output, where there is anything."""
-        key = target.replace(".", "/")
-        return self.residuals[key] if key in self.residuals else None  # noqa: SIM401 - a ModuleDict has no get
+        return self._residual_of.get(target)
 
     def fitted(self, routing: Routing, stack: LoraStack) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gates for one target: experts without factors here are masked, and the rest takes over their share.

@@ -43,6 +43,7 @@ class SiteRouter(nn.Module):
         shape = shape._replace(available_E=present_E & ~always_E)
         self.register_buffer("available_E", shape.available_E, persistent=False)
         self.num_available = int(shape.available_E.sum())
+        self.complete = self.num_available == shape.num_experts
         self.register_buffer("always_E", (always_E & present_E).float(), persistent=False)
         self.constant = not bool(shape.available_E.any())  # nothing to choose from: always-on experts alone
         self.gate = None if spec.gate is None or self.constant else spec.gate.build(shape)
@@ -60,18 +61,26 @@ class SiteRouter(nn.Module):
             ones = self.available_E.float() + self.always_E
             return Routing(ones * self.spec.global_scale, None, torch.zeros_like(ones), ones)
         device = self.available_E.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._decide(self.gate, seen)
         with torch.autocast(device_type=device, enabled=False):
-            logits = masked(self.gate(seen).float(), self.available_E)
-            if seen.training:
-                logits = add_noise(logits, self.spec.noise)
-                logits = drop_experts(logits, self.spec.expert_dropout)
-            normalised = self.normalise(logits, seen, self.available_E)
-            scores = logits if normalised.scores is None else normalised.scores
-            selected = self.select(scores, normalised.probs, seen, self.available_E)
-            gates, ids = self._finish(selected, seen)
-            extras = {**normalised.extras, **selected.extras}
-            routing = Routing(gates, ids, logits, normalised.probs, extras)
-            return routing if self.spec.splits == 1 else _side_by_side(routing)
+            return self._decide(self.gate, seen)
+
+    def _decide(self, gate: nn.Module, seen: Seen) -> Routing:
+        """From scores to gates."""
+        logits = gate(seen).float()
+        if not self.complete:
+            logits = masked(logits, self.available_E)
+        if seen.training:
+            logits = add_noise(logits, self.spec.noise)
+            logits = drop_experts(logits, self.spec.expert_dropout)
+        normalised = self.normalise(logits, seen, self.available_E)
+        scores = logits if normalised.scores is None else normalised.scores
+        selected = self.select(scores, normalised.probs, seen, self.available_E)
+        gates, ids = self._finish(selected, seen)
+        extras = {**normalised.extras, **selected.extras}
+        routing = Routing(gates, ids, logits, normalised.probs, extras)
+        return routing if self.spec.splits == 1 else _side_by_side(routing)
 
     def _finish(self, selected: Selected, seen: Seen) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Renormalise, apply what comes after it, and add the always-on experts."""

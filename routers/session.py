@@ -155,7 +155,7 @@ class RoutingSession:
             module = model.get_submodule(path)
             body.decodes = _is_decoder_of_two(model, path)
             self._hooks.append(module.register_forward_pre_hook(self._before_body(path), with_kwargs=True))
-            if reads_prompt_too(self.router.spec):
+            if reads_prompt_too(self.router.spec) and self.router.spec.gate_input == "layer":
                 site = next(site for site in self.router.layout.values() if site.body == path)
                 block = model.get_submodule(_first_block(model, site))
                 self._hooks.append(block.register_forward_pre_hook(self._before_first_block(path), with_kwargs=True))
@@ -235,6 +235,8 @@ class RoutingSession:
                 self._decide_on_base_prompt(body, names, (module, args, kwargs))
                 return None
             hidden, kwargs = base_pass(self.attached, module, args, kwargs)
+            if reads_prompt_too(self.router.spec) and not (body.past and path in self._prompts):
+                self._prompts[path] = _pooled(self.router.spec.pooling, hidden, body)
             for name in names:
                 self._decide(name, hidden, None)
             return args, kwargs

@@ -228,10 +228,10 @@ def _of_experts(spec: MixtureSpec) -> list[str]:
 
 def _pooling(spec: MixtureSpec, hidden: bool) -> list[str]:
     reads_prompt = reads_prompt_too(spec)
-    if reads_prompt and (spec.scope != "token" or spec.gate_input != "layer" or spec.pooling == "none"):
-        return [
-            "a gate that reads the prompt too is for gates per token of layer inputs, with pooling 'mean' or 'last'"
-        ]
+    fitting = spec.scope == "token" and spec.gate_input in ("layer", "first_pass") and spec.pooling != "none"
+    if reads_prompt and not fitting:
+        told = "a gate that reads the prompt too is for gates per token of layer inputs or of a base pass"
+        return [f"{told}, with pooling 'mean' or 'last'"]
     if reads_prompt:
         return []
     if hidden and spec.scope == "sequence" and spec.pooling == "none":

@@ -48,7 +48,7 @@ def grouped_lora(
             backend needs none and reads ``ids`` anew in every call (and in every replay of a CUDA graph).
         backend: ``"auto"`` (Triton on CUDA where it can run, else ``"cpu"``), ``"triton"``, ``"cpu"`` (fast torch
             code, any device) or ``"reference"``.
-        reuse_base: Allow the result to be written over ``base`` where nothing is differentiated; for callers that
+        reuse_base: Allow the result to be written over ``base``, also where autograd allows it; for callers that
             own it. By default ``base`` is never written to and the result is new memory.
         input_precision: Of float32 products under Triton: ``"ieee"``, or ``"tf32"`` (about three decimal digits).
         batch_invariant: Under Triton an example has the same bits in every batch: a row of ``x (B, D)``, or a row of

@@ -35,7 +35,9 @@ class LinearGate:
 
     def __post_init__(self) -> None:
         if self.init not in ("zeros", "normal", "kaiming") or self.std < 0:
-            raise IncompatibleError(f"init must be zeros, normal or kaiming and std >= 0, got {self.init!r}, {self.std}")
+            raise IncompatibleError(
+                f"init must be zeros, normal or kaiming and std >= 0, got {self.init!r}, {self.std}"
+            )
 
     def build(self, shape: SiteShape) -> nn.Module:
         """Return the gate of one site."""

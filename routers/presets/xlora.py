@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from compose.routers.gates.mlp import MlpGate
+from compose.routers.gates.prompt_mlp import PromptMlpGate
+from compose.routers.losses.gate_ce import GateCrossEntropy
 from compose.routers.presets.registry import Preset, enter
+from compose.routers.selectors.top_k import TopK
 from compose.routers.spec import MixtureSpec
 
 
@@ -25,3 +28,21 @@ def xlora_layerwise() -> Preset:
         departures=("the base pass runs without head and experts; generation keeps two caches (exact)",),
     )  # fmt: skip
     return Preset(paper="2402.07148", summary="token gates from a base pass, one per target", spec=spec)
+
+
+@enter("xlora_prompt")
+def xlora_prompt() -> Preset:
+    """X-LoRA with the prompt's vector beside each token's, taught the expert; one expert per token, at full strength.
+
+    Not from a paper. X-LoRA's gate sees one token's state of the base pass; here it also sees the mean state of the
+    prompt, which tells tasks apart that single tokens do not, and learns from expert labels where records have them.
+    """
+    spec = MixtureSpec(
+        site="model", gate_input="first_pass", pooling="mean", gate=PromptMlpGate(), select=TopK(k=1),
+        renormalise="sum", losses=(GateCrossEntropy(coefficient=5.0, level="token"),), train="router",
+        departures=("not from a paper: X-LoRA's two passes, a gate that reads the prompt too, supervised",),
+    )  # fmt: skip
+    return Preset(
+        paper="", summary="X-LoRA whose gate also reads the prompt's mean, taught the expert", spec=spec,
+        needs=("expert_labels",),
+    )  # fmt: skip

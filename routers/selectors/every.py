@@ -22,8 +22,6 @@ class All:
 
 
 class _All(nn.Module):
-    def forward(
-        self, logits: torch.Tensor, probs: torch.Tensor, seen: Seen, available_E: torch.Tensor
-    ) -> Selected:
+    def forward(self, logits: torch.Tensor, probs: torch.Tensor, seen: Seen, available_E: torch.Tensor) -> Selected:
         """Probabilities as gates."""
         return Selected(probs, None, logits)

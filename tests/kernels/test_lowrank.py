@@ -70,16 +70,45 @@ def test_an_expanded_gradient_is_accepted():
 
 
 @pytest.mark.parametrize("factors", [SHARED, PER_ROW], ids=["shared", "per-row"])
-def test_base_is_written_only_when_given_up_and_nothing_is_differentiated(factors):
+def test_base_is_written_only_when_given_up(factors):
     x, a, b, c, base = _operands(factors, (2, 1, 4), "")
     before = base.clone()
     expected = lowrank(x, a, b, c, base)
-    torch.testing.assert_close(base, before, rtol=0, atol=0)
-    lowrank(x.clone().requires_grad_(), a, b, c, base, reuse_base=True)
+    lowrank(x.clone().requires_grad_(), a, b, c, base)
     torch.testing.assert_close(base, before, rtol=0, atol=0)
     y = lowrank(x, a, b, c, base, reuse_base=True)
     assert y.data_ptr() == base.data_ptr()
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("factors", [SHARED, PER_ROW], ids=["shared", "per-row"])
+def test_a_base_given_up_is_written_under_autograd_with_the_same_gradients(factors):
+    operands = _operands(factors, (2, 1, 4), "xabcy")
+    x, a, b, c, base = operands
+    expected = torch.autograd.grad(lowrank(x, a, b, c, base * 1.0).square().sum(), operands)
+    given = base * 1.0  # the output of something that did not save it
+    y = lowrank(x, a, b, c, given, reuse_base=True)
+    assert y.data_ptr() == given.data_ptr()
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), operands), expected)
+
+
+def test_a_trained_base_or_a_view_is_never_written():
+    x, a, b, c, base = _operands(SHARED, (4,), "xy")
+    before = base.detach().clone()
+    assert lowrank(x, a, b, c, base, reuse_base=True).data_ptr() != base.data_ptr()
+    whole = (base * 1.0).flatten()
+    y = lowrank(x, a, b, c, whole.view(base.shape), reuse_base=True)
+    torch.testing.assert_close(whole, before.flatten(), rtol=0, atol=0)
+    y.sum().backward()
+    torch.testing.assert_close(base.grad, torch.ones_like(base))
+
+
+def test_a_base_that_something_saved_is_not_changed_in_silence():
+    x, a, b, c, base = _operands(SHARED, (4,), "xy")
+    saved = base.exp()  # exp keeps its result for backward
+    y = lowrank(x, a, b, c, saved, reuse_base=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_memory_that_cannot_be_written_safely_is_never_reused():
