@@ -14,13 +14,17 @@ from compose.cli.console import note
 from compose.cli.loading import load_base
 from compose.cli.train_progress import TrainProgress
 from compose.cli.train_request import TrainRequest
-from compose.errors import ComposeError
+from compose.errors import ComposeError, IncompatibleError
 from compose.fewshot.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from compose.fewshot.loading import LoadedModel
 
 HISTORY, RECIPE, SUMMARY, CHECKPOINTS = "history.jsonl", "recipe.json", "train.json", "checkpoints"
+TRACE, REPORT = "trace.json", "report.html"
+
+MEASURED, MEASURED_PER_TASK = 256, 16
+"""Records whose gates are measured after training: at most so many, and of every task."""
 
 
 class TrainInputs(NamedTuple):
@@ -56,7 +60,7 @@ def run_all(request: TrainRequest, *, command: Sequence[str] = ()) -> list[dict[
     for seed, folder in folders.items():
         assert inputs is not None  # noqa: S101 - there is a pending run
         with opened(request, inputs, seed) as run:
-            _train(request, run, folder, command)
+            _train(request, run, inputs.loaded, folder, command)
     return [json.loads((folder / SUMMARY).read_text()) for folder in request.folders().values()]
 
 
@@ -99,8 +103,9 @@ def opened(request: TrainRequest, inputs: TrainInputs, seed: int) -> Iterator[An
     )  # fmt: skip
     what = {spec.train if stage.train == "preset" else stage.train for stage in stages}
     own_factors = spec.structure in ("lora", "ffn") and bool(what & {"experts", "both"})
+    records = inputs.records if inputs.bank is not None else _without_labels(inputs.records, bank.names)
     data = prepare(
-        inputs.records, inputs.loaded.tokenizer, inputs.loaded.prompt_format, config=model.config, spec=spec,
+        records, inputs.loaded.tokenizer, inputs.loaded.prompt_format, config=model.config, spec=spec,
         experts=bank.names, settings=settings,
     )  # fmt: skip
     attached = attach(model, bank, trainable=own_factors)
@@ -123,11 +128,20 @@ def _fresh(fresh: Any, spec: Any, model: Any, seed: int) -> list[Any]:
     return fresh.make(model, targets, seed=seed)
 
 
+def _without_labels(records: list[Any], experts: Sequence[str]) -> list[Any]:
+    """Records for experts that are made anew: labels that all name adapters of a bank say nothing of these."""
+    labels = {record.expert for record in records if record.expert is not None}
+    if not labels or labels & set(experts):
+        return records
+    note(f"the records' expert labels ({len(labels)} names) are left out: this preset trains experts of its own")
+    return [replace(record, expert=None) for record in records]
+
+
 def _is_done(request: TrainRequest, folder: Path) -> bool:
     return request.resume and (folder / SUMMARY).is_file()
 
 
-def _train(request: TrainRequest, run: Any, folder: RunFolder, command: Sequence[str]) -> None:
+def _train(request: TrainRequest, run: Any, loaded: LoadedModel, folder: RunFolder, command: Sequence[str]) -> None:
     """Train one run, in ``OUT.partial``, and publish its folder."""
     from compose.routers.saved import mixture_files
     from compose.routers.train_plan import trained
@@ -155,8 +169,36 @@ def _train(request: TrainRequest, run: Any, folder: RunFolder, command: Sequence
     files[HISTORY] = "".join(json.dumps(entry) + "\n" for entry in run.history).encode()
     files[RECIPE] = (json.dumps(recipe.to_json(), indent=1) + "\n").encode()
     files[SUMMARY] = (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode()
-    folder.publish(files)
+    folder.publish({**files, **_pages(request, run, loaded)})
     note(f"wrote {folder.path}")
+
+
+def _pages(request: TrainRequest, run: Any, loaded: LoadedModel) -> dict[str, bytes]:
+    """What the router decides on a sample of its records, as trace and page; nothing where it cannot be measured."""
+    from compose.evaluation.measure import measure_routing
+    from compose.report.routing_data import course_of
+    from compose.report.routing_html import render_routing
+
+    recipe, sample = request.recipe, _sample(run.data.examples)
+    about = {"preset": recipe.preset, "base": str(recipe.base), "records": f"{len(sample)} that it was trained on"}
+    try:
+        trace = measure_routing(
+            run.routed, loaded, sample, max_length=recipe.max_length, truncate=recipe.truncate, about=about
+        )
+    except IncompatibleError as error:
+        note(f"no {REPORT}: {error}", "yellow")
+        return {}
+    page = render_routing(trace, course_of(run.history, trace.experts))
+    return {TRACE: (json.dumps(trace.to_json(), allow_nan=False) + "\n").encode(), REPORT: page.encode()}
+
+
+def _sample(examples: Sequence[Any]) -> list[Any]:
+    """The first records of every task, as many of each."""
+    by_task: dict[str, list[Any]] = {}
+    for example in examples:
+        by_task.setdefault(example.task, []).append(example)
+    each = min(MEASURED_PER_TASK, max(1, MEASURED // len(by_task)))
+    return [example for group in by_task.values() for example in group[:each]]
 
 
 def _both(*progress: Callable[[Any], None]) -> Callable[[Any], None]:

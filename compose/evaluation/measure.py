@@ -10,7 +10,7 @@ import torch
 
 from compose.evaluation.around import told_of
 from compose.fewshot.loading import LoadedModel
-from compose.routers.collate import Collator, EncodedMixed, encode_mixed
+from compose.routers.collate import Collator, EncodedMixed, Truncate, encode_mixed
 from compose.routers.metrics import RoutingMeter
 from compose.routers.records import MixedExample, task_names
 from compose.routers.routed import RoutedModel
@@ -31,6 +31,8 @@ def measure_routing(
     *,
     text_embedding: TextEmbedding | None = None,
     texts: int = 6,
+    max_length: int | None = None,
+    truncate: Truncate = "refuse",
     about: Mapping[str, Any] | None = None,
 ) -> RoutingTrace:
     """Run a router over records, responses included, and add up what it decides; the mode it is in stays.
@@ -43,6 +45,8 @@ def measure_routing(
         records: Any; a label of an expert that the mixture has counts as the right choice.
         text_embedding: For gates that read texts.
         texts: Tasks of which the first record is kept as a text with its experts.
+        max_length: Most tokens of a record; None: any.
+        truncate: What to do with longer ones.
         about: Goes into the trace.
 
     Raises:
@@ -54,8 +58,9 @@ def measure_routing(
     tasks = router.tasks if routed.spec.gate_input == "task_id" else task_names(records)
     known = [record if record.expert in router.experts else replace(record, expert=None) for record in records]
     rows = encode_mixed(
-        known, loaded.tokenizer, loaded.prompt_format, encoder_decoder=two, tasks=tasks, experts=router.experts
-    )
+        known, loaded.tokenizer, loaded.prompt_format, encoder_decoder=two, tasks=tasks, experts=router.experts,
+        max_length=max_length, truncate=truncate,
+    )  # fmt: skip
     meter = RoutingMeter(router.experts, tasks)
     training = routed.training
     routed.eval()

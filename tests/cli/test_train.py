@@ -14,12 +14,16 @@ from typer.testing import CliRunner
 from compose.bank import Bank
 from compose.cli.main import build_app
 from compose.cli.train_request import TrainRequest, read_columns, read_options
+from compose.cli.train_run import _sample
 from compose.demo.assets import demo_bank, demo_base
 from compose.demo.tasks import TASKS
 from compose.engine.routed import open_routed
 from compose.errors import ComposeError
 from compose.fewshot.loading import load_model
 from compose.routers.recipe import read_recipe
+from compose.routers.records import MixedExample
+from compose.routers.trace import RoutingTrace
+from compose.text.examples import Example
 
 
 def invoke(*arguments: object):
@@ -56,7 +60,8 @@ def test_a_run_over_a_bank_writes_a_folder_that_opens_again(inputs, workspace, t
     assert "entropy" in result.stderr
     assert str(tmp_path / "run") in result.stdout
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"mixture.json", "router.safetensors", "history.jsonl", "recipe.json", "train.json"}
+    run = {"mixture.json", "router.safetensors", "history.jsonl", "recipe.json", "train.json"}
+    assert names == run | {"trace.json", "report.html"}
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
     history = read(tmp_path / "run", "history.jsonl")
     assert [entry["step"] for entry in history] == [1, 2, 3]
@@ -65,6 +70,41 @@ def test_a_run_over_a_bank_writes_a_folder_that_opens_again(inputs, workspace, t
     routed = open_routed(loaded.model, Bank.open(workspace.bank), tmp_path / "run")
     assert routed.spec.preset == "xlora"
     assert any(bool(parameter.any()) for parameter in routed.router.parameters())
+
+
+def test_a_run_s_page_shows_what_its_router_decides(inputs, tmp_path) -> None:
+    options = ["--preset", "meteora", "--set", "losses=[]", "--max-length", "9", "--truncate", "prompt_left"]
+    result = invoke(*inputs, *options, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    trace = RoutingTrace.load(tmp_path / "run" / "trace.json")
+    assert trace.seen_tasks() == ("alpha", "say")
+    assert trace.overall().decisions == 10 * 9  # every record is cut to nine tokens
+    assert trace.about["preset"] == "meteora"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Loss over steps" in page
+    assert "10 that it was trained on" in page
+
+
+def test_a_page_is_of_some_records_of_every_task() -> None:
+    records = [MixedExample(Example("a", str(number)), f"task {number % 40}") for number in range(4000)]
+    assert [record.example.output for record in _sample(records)[:7]] == ["0", "40", "80", "120", "160", "200", "1"]
+    assert len(_sample(records)) == 240
+    assert len(_sample(records[::40])) == 16
+
+
+def test_labels_of_adapters_say_nothing_of_experts_made_anew(workspace, mixed, tmp_path) -> None:
+    labelled = tmp_path / "labelled.jsonl"
+    lines = [{**json.loads(line), "expert": "alpha"} for line in mixed.read_text().splitlines()]
+    labelled.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["train", "--base", workspace.base, "--preset", "mola", "--steps", 1, "--dry-run"]
+    result = invoke(*options, "--data", labelled)
+    assert result.exit_code == 0, result.output
+    assert "expert labels (1 names) are left out" in result.stderr
+    lines[0]["expert"] = "expert_0"  # a label that means something: then all have to
+    labelled.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = invoke(*options, "--data", labelled)
+    assert result.exit_code == 2
+    assert "labelled.jsonl:2: unknown expert 'alpha'" in result.stderr
 
 
 def test_fresh_experts_need_no_bank(workspace, mixed, tmp_path) -> None:
