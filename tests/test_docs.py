@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 FOLDERS = (
     "compose/engine",
+    "compose/evaluation",
     "compose/fewshot",
     "compose/search",
     "compose/formats",
