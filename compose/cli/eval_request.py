@@ -99,16 +99,10 @@ class EvalRequest:
             raise ComposeError(
                 f"--train: {routers[0].folder} has no {RECIPE} that says how; give --recipe FILE or --steps N"
             )
-        same = ("base", "device", "dtype", "merge_rank", "ablations", "steps", "learning_rate", "out")
-        return cls(
-            **{name: given[name] for name in (*same, "resume", "force", "dry_run")},
-            **{name: tuple(given[name] or ()) for name in ("bank", "data", "choose", "train")},
-            routers=routers,
-            columns=read_columns(given["column"] or ()),
-            merges=_merges(given["merges"]),
-            recipe=recipe,
-            seeds=tuple(given["seed"] or SEEDS),
-        )
+        values: dict[str, Any] = {name: given[name] for name in cls.__dataclass_fields__ if name in given}
+        values |= {name: tuple(given[name] or ()) for name in ("bank", "data", "choose", "train")}
+        values |= {"routers": routers, "recipe": recipe, "merges": _merges(given["merges"])}
+        return cls(**values, columns=read_columns(given["column"] or ()), seeds=tuple(given["seed"] or SEEDS))
 
     def resume_command(self, arguments: Sequence[str]) -> str:
         """Return what to tell a person whose comparison was interrupted.

@@ -250,9 +250,9 @@ def _merge(scorer: _Scorer, bank: Bank, methods: Sequence[str], rank: int) -> Ro
 def _router(scorer: _Scorer, run: RouterRun, routed: RoutedModel, trained: int) -> Row:
     try:
         said = told_of(routed, scorer.items.test, scorer.items.text_embedding)
+        return scorer.row(routed_rows(routed, said), run.name, "router", seed=run.seed, trained=trained)
     except IncompatibleError as error:
         return Row(run.name, "router", seed=run.seed, trained=trained, skipped=str(error))
-    return scorer.row(routed_rows(routed, said), run.name, "router", seed=run.seed, trained=trained)
 
 
 def _ablations(scorer: _Scorer, run: RouterRun, routed: RoutedModel, seed: int) -> Iterator[Row]:

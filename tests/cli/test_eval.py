@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 from compose.cli import eval_run
 from compose.cli.eval_request import router_folders
 from compose.cli.main import build_app
+from compose.demo.assets import demo_bank, demo_base
+from compose.demo.tasks import TASKS
 from compose.errors import ComposeError
 from compose.evaluation import compare as compare_module
 from compose.evaluation.result import row_from_json
@@ -242,3 +244,35 @@ def test_everything_that_is_missing_is_told_at_once(workspace, files, routers) -
     result = invoke(*no_bank)
     assert result.exit_code == 2
     assert "stands over a bank of adapters; give --bank DIR" in result.stderr
+
+
+@pytest.mark.slow
+def test_it_runs_on_the_demo(tmp_path) -> None:
+    files, names = {}, ("sum", "add_one", "largest")
+    for split in ("train", "shots", "test"):
+        files[split] = tmp_path / f"{split}.jsonl"
+        lines = [
+            json.dumps({"task": name, "prompt": item.input, "response": item.output, "expert": name})
+            for name in names
+            for item in TASKS[name].sample(0, 3, split)
+        ]
+        files[split].write_text("\n".join(lines) + "\n")
+    inputs = ["--base", demo_base(), *(word for name in names for word in ("--bank", demo_bank() / name))]
+    training = ["--data", files["train"], "--preset", "meteora", "--steps", 4, "--batch-size", 9, "--lr", "0.05"]
+    assert invoke("train", *inputs, *training, "--out", tmp_path / "run").exit_code == 0
+    words = [
+        "--router",
+        tmp_path / "run",
+        "--data",
+        files["test"],
+        "--choose",
+        files["shots"],
+        "--train",
+        files["train"],
+    ]
+    result = invoke("eval", *inputs, *words, "--seed", 0, "--merges", "sum", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    rows = {row.name: row for row in read_rows(tmp_path / "out")}
+    assert rows["oracle adapters"].exact > rows["base"].exact
+    assert rows["oracle adapters"].loss < rows["meteora"].loss < rows["base"].loss
+    assert "Loss over steps" in (tmp_path / "out" / "report.html").read_text()

@@ -11,13 +11,16 @@ from compose.errors import IncompatibleError
 from compose.evaluation import compare as module
 from compose.evaluation.compare import Baseline, Items, RouterRun, compare, score_run
 from compose.evaluation.result import Row, summarise
+from compose.fewshot.loading import LoadedModel
 from compose.routers.builder import build
-from compose.routers.experts import linear_widths
+from compose.routers.experts import fresh_experts, linear_targets, linear_widths
 from compose.routers.gates.linear import LinearGate
 from compose.routers.gates.table import TableGate
+from compose.routers.presets.registry import preset
 from compose.routers.spec import MixtureSpec
 from compose.routers.stages import Stage
 from compose.routers.train_settings import TrainSettings
+from compose.text.encoding import PromptFormat
 
 TOKENS = MixtureSpec(gate=LinearGate(init="normal", std=1.0), site="model", gate_input="embeddings", preset="tokens")
 BY_TASK = MixtureSpec(gate=TableGate(rows="tasks"), site="model", scope="task", gate_input="task_id", missing="zero")
@@ -126,6 +129,13 @@ def test_what_a_router_cannot_be_told_is_said_in_its_row(loaded, bank, records) 
     assert "not trained on task 'largest'" in row.skipped
 
 
+def test_a_router_that_is_not_ready_does_not_end_the_others(loaded, bank, records) -> None:
+    runs = [a_run(loaded, bank, preset("avg_act"), name="empty"), a_run(loaded, bank)]
+    first, second = compare(loaded, None, runs, Items(test=records(1, "sum")), ablations=False)
+    assert "has no prototypes yet" in first.skipped
+    assert not second.skipped
+
+
 def test_mean_gates_that_cannot_be_are_told_and_the_rest_goes_on(loaded, bank, records) -> None:
     def told(spec, choosing, **more) -> Row:
         items = Items(test=records(1, "sum", "largest"), choosing=choosing)
@@ -230,3 +240,22 @@ def test_a_bank_of_a_mixture_s_own_experts_is_not_needed(loaded, bank, items) ->
     own = Bank.from_adapters([bank[name] for name in bank.names], base=bank.base)
     rows = list(compare(loaded, None, [a_run(loaded, own)], Items(test=items.test), ablations=False))
     assert [row.name for row in rows] == ["r"]
+
+
+def test_an_encoder_decoder_is_compared_alike(tiny_model, loaded, records) -> None:
+    model = tiny_model("t5")
+    model.resize_token_embeddings(300)
+    two = LoadedModel(model.requires_grad_(False), loaded.tokenizer, PromptFormat())
+    targets = [target for target in linear_targets(model) if "relative" not in target]
+    own = Bank.from_adapters(fresh_experts(model, targets, num_experts=3, rank=2, init="kaiming_both"))
+    router = MixtureSpec(gate=LinearGate(init="normal", std=1.0))
+    test = records(2, "sum", "add_one", labelled=False)
+    items = Items(test=test, choosing=records(1, "sum", "add_one", split="shots", labelled=False))
+    baseline = Baseline(records=test, stages=[a_stage()], settings=SHORT, seeds=(0,), parameters=1)
+    rows = list(compare(two, own, [a_run(two, own, router)], items, baseline=baseline, merges=("sum",), merge_rank=4))
+    assert [row.name for row in rows] == [
+        "base", "uniform average", "best merge", "r", "r: mean gates, told the task", "r: gates in random order",
+        "r: gates of other rows", "one LoRA of rank 1",
+    ]  # fmt: skip
+    assert not any(row.skipped for row in rows)
+    assert len({round(row.loss, 6) for row in rows}) == len(rows)
