@@ -34,6 +34,12 @@ Job = tuple[str, int, int, int, int, int, str]
 """Contender, seed, steps, batch, training records, items, device."""
 
 REFERENCES = "references"
+ABLATIONS = {
+    "mean gates": "mean gates, told the task",
+    "random order": "gates in random order",
+    "other rows": "gates of other rows",
+}
+"""Column -> what follows a contender's name in the rows of its ablations."""
 
 
 def main() -> None:
@@ -163,6 +169,16 @@ def demo_records(group: str, count: int, split: Any) -> list[MixedExample]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print one table per length of training; the references, which train nothing, stand in each."""
+    free = [row for row in rows if row["job"] == REFERENCES]
+    settings = dict.fromkeys((row["steps"], row["batch"]) for row in rows if row["job"] != REFERENCES)
+    for steps, batch in settings or {(0, 0): None}:
+        print(f"\n{steps} steps of {batch} records:\n")
+        mine = [row for row in rows if row["job"] != REFERENCES and (row["steps"], row["batch"]) == (steps, batch)]
+        print_one([*free, *mine])
+
+
+def print_one(rows: list[dict[str, Any]]) -> None:
     """Print exact match per contender and group, relative to the oracle, with trained parameters."""
     from router_contenders import CONTENDERS
 
@@ -173,16 +189,18 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for group in GROUPS:
         mine = [row_from_json({key: row[key] for key in keys}) for row in rows if row["group"] == group]
         by_group[group] = {summary.name: summary for summary in summarise(mine)}
-    print("| mixture | told | trained parameters | upstream | of the oracle | held-out mixtures |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    heads = ("mixture", "told", "trained parameters", "upstream", "of the oracle", "held-out mixtures", *ABLATIONS)
+    print(f"| {' | '.join(heads)} |")
+    print("| --- | --- |" + " ---: |" * (4 + len(ABLATIONS)))
     for name, summary in by_group["upstream"].items():
+        if summary.kind == "ablation":
+            continue
         told = CONTENDERS[name].told if name in CONTENDERS else ""
         ratio = "-" if summary.ratio is None else f"{summary.ratio:.0%}"
-        other = by_group["mixture"].get(name)
-        print(
-            f"| {name} | {told} | {summary.trained:,} | {cell(summary)} | {ratio} | "
-            f"{'-' if other is None else cell(other)} |"
-        )
+        others = [by_group["mixture"].get(name)]
+        others += [by_group["upstream"].get(f"{name}: {ablation}") for ablation in ABLATIONS.values()]
+        cells = ["-" if other is None else cell(other) for other in others]
+        print(f"| {name} | {told} | {summary.trained:,} | {cell(summary)} | {ratio} | {' | '.join(cells)} |")
 
 
 def cell(summary: Any) -> str:
