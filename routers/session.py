@@ -115,6 +115,7 @@ class RoutingSession:
         self._tap = tap_target(attached, router.spec.tap) if router.spec.tap else ""
         paths = [site.body for site in router.layout.values()] + ([body_path(self._tap)] if self._tap else [])
         self._bodies = {path: _Body() for path in paths}
+        self._encoder_readers = frozenset(target for target in router.site_of if reads_encoder(target))
         self._base_prompt: torch.Tensor | None = None
         self._restore: Callable[[], None] | None = None
         self._routings: dict[str, Routing] = {}
@@ -213,9 +214,9 @@ class RoutingSession:
 
     def _settle(self) -> None:
         """Flatten what was decided, outside of layers: checkpointed ones would not do it again in ``backward``."""
+        pending, self._pending = self._pending, []
         if self._records is not None:
-            self._records.extend(flatten() for flatten in self._pending)
-        self._pending.clear()
+            self._records.extend([flatten() for flatten in pending])
 
     def _before_body(self, path: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
         def hook(
@@ -304,9 +305,7 @@ class RoutingSession:
             if gate_input == "block":
                 paths.setdefault(site.block, []).append(name)
             elif gate_input == "embeddings":
-                first = min((other.block for other in layout.values() if other.body == site.body), default="")
-                block = first or _first_block(self.attached.model, site)
-                paths.setdefault(block, []).append(name)
+                paths.setdefault(_first_block(self.attached.model, site), []).append(name)
         return paths
 
     def _before_hidden(self, names: list[str]) -> Callable[..., None]:
@@ -329,7 +328,7 @@ class RoutingSession:
 
     def _routing(self, site: Site, x: torch.Tensor, call: Call) -> Routing:
         """The routing for one target: decided here by the site's leader, elsewhere found."""
-        of_encoder = reads_encoder(call.target)
+        of_encoder = call.target in self._encoder_readers
         encoder_tokens = of_encoder and self.router.spec.scope == "token"
         if encoder_tokens or (call.target == site.leader and self._reads_layers()):
             return self._decide(site.name, x, call.stack, keep=not encoder_tokens, of_encoder=of_encoder)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
 from typing import Literal, NamedTuple
 
 from compose.errors import IncompatibleError, UnknownNameError
@@ -75,7 +74,6 @@ def is_attention(target: str) -> bool:
     return re.search(r"attn|attention", rest, re.IGNORECASE) is not None
 
 
-@cache
 def reads_encoder(target: str) -> bool:
     """Whether a target's input are the encoder's tokens though it stands in the decoder (keys, values)."""
     keys_or_values = target.rsplit(".", 1)[-1] in ("k", "v", "k_proj", "v_proj", "key", "value")
