@@ -39,7 +39,7 @@ def base_pass(
         and none was given, with a new one that holds both passes.
 
     Raises:
-        IncompatibleError: The cache is not of a kind that grows by layers.
+        IncompatibleError: The cache is not of a kind that grows by layers, or was filled without this pass.
     """
     kwargs = dict(kwargs)
     if not cached:
@@ -48,12 +48,20 @@ def base_pass(
         if "use_cache" in _parameters(body):
             inner["use_cache"] = False
         return _run(attached, body, args, inner), kwargs
-    cache = kwargs.get("past_key_values")
-    wanted = kwargs.get("use_cache", getattr(getattr(body, "config", None), "use_cache", False))
+    cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    if wanted is None:  # a cache that nobody asked for is filled where somebody may go on with it
+        wanted = getattr(getattr(body, "config", None), "use_cache", False) and not torch.is_grad_enabled()
     training = body.training and torch.is_grad_enabled() and getattr(body, "gradient_checkpointing", False)
     if cache is None and wanted and not training and "past_key_values" in _parameters(body):
         cache = kwargs["past_key_values"] = _new_cache(body)
-    inner = {**kwargs, "past_key_values": _partner(cache, body)} if cache is not None else dict(kwargs)
+    inner = dict(kwargs)
+    if cache is not None:
+        inner["past_key_values"] = partner = _partner(cache, body)
+        if past_length(partner) != past_length(cache):
+            raise IncompatibleError(
+                f"the cache holds {past_length(cache)} tokens, and the pass of the bare base model that gates read "
+                f"saw {past_length(partner)} of them; fill the cache with this router in force, or start without one"
+            )
     if "labels" in inner:
         inner.pop("labels")
     return _run(attached, body, args, inner), kwargs
@@ -71,9 +79,12 @@ def _parameters(body: nn.Module) -> tuple[str, ...]:
 
 
 def _new_cache(body: Any) -> Any:
-    from transformers import DynamicCache
+    from transformers import DynamicCache, EncoderDecoderCache
 
-    return DynamicCache(config=body.config)
+    own = DynamicCache(config=body.config)
+    if getattr(body.config, "is_encoder_decoder", False):
+        return EncoderDecoderCache(own, DynamicCache(config=body.config))
+    return own
 
 
 def _partner(cache: Any, body: Any) -> Any:
