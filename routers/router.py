@@ -164,14 +164,12 @@ class Router(nn.Module):
         return self.site(name)(seen)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
-        super()._apply(fn, recurse)
-        for parameter in self.parameters():
-            if parameter.is_floating_point() and parameter.dtype not in (torch.float32, torch.float64):
-                parameter.data = parameter.data.float()
-        for module in self.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_floating_point() and buffer.dtype not in (torch.float32, torch.float64):
-                    setattr(module, name, buffer.float())
+        def kept(value: torch.Tensor) -> torch.Tensor:
+            moved = fn(value)
+            low = moved.is_floating_point() and moved.dtype not in (torch.float32, torch.float64)
+            return value.to(moved.device, torch.float32) if low else moved  # moved, never rounded
+
+        super()._apply(kept, recurse)
         return self
 
 
