@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from compose.errors import IncompatibleError
+from compose.kernels.checks import autocast_dtype
 from compose.kernels.lowrank import lowrank
 from compose.routers.routing import Routing
 
@@ -133,9 +134,12 @@ class Split(nn.Module):
     def forward(self, x: torch.Tensor, call: Any, routing: Routing) -> torch.Tensor:
         """``x (B, D)`` or ``(B, T, D)``, gates ``(S E)`` or ``(B, S E)`` -> ``(..., O)``."""
         a, b = self.factors(call.stack, routing)
+        base, dtype = call.base, autocast_dtype(x)
+        if dtype is not None:
+            x, a, b, base = x.to(dtype), a.to(dtype), b.to(dtype), None if base is None else base.to(dtype)
         flat = x.dim() == 2
         x_BTD = x.unsqueeze(1) if flat else x
-        base = call.base.unsqueeze(1) if flat and call.base is not None else call.base
+        base = base.unsqueeze(1) if flat and base is not None else base
         y = lowrank(x_BTD, a, b, 1.0, base)
         return y.squeeze(1) if flat else y
 
