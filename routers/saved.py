@@ -158,7 +158,8 @@ def set_mixture_state(routed: RoutedModel, state: Mapping[str, torch.Tensor], wh
         raise AdapterFormatError(f"{where}: does not fit this mixture: {'; '.join(problems[:10])}{more}")
     for name, value in live.items():
         if name in state:
-            dtype = state[name].dtype if value.is_floating_point() else value.dtype
+            beside_experts = name.startswith("mixer.residuals.")  # in the dtype of the factors that run
+            dtype = state[name].dtype if value.is_floating_point() and not beside_experts else value.dtype
             value.data = state[name].reshape(value.shape).to(value.device, dtype, copy=True)
 
 

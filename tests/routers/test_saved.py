@@ -1,6 +1,7 @@
 """Mixtures on disk: the same logits in another process, other banks refused, hostile files refused."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import torch
 
 from compose.bank import Bank
 from compose.engine.attach import attach
+from compose.engine.routed import open_routed
 from compose.errors import AdapterFormatError, ComposeError, DuplicateNameError, IncompatibleError
 from compose.formats.peft import write_adapter
 from compose.routers.builder import build
 from compose.routers.experts import fresh_experts, linear_targets
 from compose.routers.gates.linear import LinearGate
 from compose.routers.gates.mlp import MlpGate
+from compose.routers.presets.registry import PRESETS
 from compose.routers.saved import load, mixture_files, save
 from compose.routers.saved_file import read_mixture
 from compose.routers.selectors.top_k import TopK
@@ -282,3 +285,17 @@ def test_a_state_of_other_sites_is_refused_by_name(tmp_path, routed_over) -> Non
     (tmp_path / "saved" / "mixture.json").write_text(json.dumps(plain))
     with pytest.raises(AdapterFormatError, match="bias_E belongs to nothing"):
         load(routed.attached, tmp_path / "saved")
+
+
+@torch.no_grad()
+def test_experts_that_are_parts_of_the_base_open_on_a_model_in_half_precision(tmp_path, tiny_model, batch) -> None:
+    model = tiny_model("llama")
+    found = PRESETS["goat"]
+    targets = [target for target in linear_targets(model) if re.search(found.spec.targets, target)]
+    with attach(model, Bank.from_adapters(found.experts.make(model, targets, seed=0)), trainable=True) as attached:
+        routed = build(attached, found.spec)
+        routed.save(tmp_path / "goat")
+        inputs = {"input_ids": batch("llama")["input_ids"]}
+        want = routed(**inputs).logits
+    opened = open_routed(tiny_model("llama").to(torch.bfloat16), None, tmp_path / "goat")
+    torch.testing.assert_close(opened(**inputs).logits.float(), want, atol=0.05, rtol=0.05)
