@@ -121,9 +121,9 @@ class AttachedModel:
         """Put coefficients into force until the next call.
 
         Args:
-            selection: ``Coefficients``; ``AdapterIds``; another `Selection` (a router's); a name (that adapter, at 1, for
-                the whole batch); a mapping of names to weights (for the whole batch); a list with one name or ``None``
-                per row; or ``None`` for the bare base model.
+            selection: ``Coefficients``; ``AdapterIds``; another `Selection` (a router's); a name (that adapter, at 1,
+                for the whole batch); a mapping of names to weights (for the whole batch); a list with one name or
+                ``None`` per row; or ``None`` for the bare base model.
 
         Raises:
             IncompatibleError: The numbers do not fit the bank, or the handle is detached.

@@ -21,7 +21,7 @@ from compose.engine.generate import token_rows
 from compose.engine.layers import RuntimeState
 from compose.engine.paging_host import HostTier, Page
 from compose.engine.paging_lane import Lane
-from compose.engine.paging_numbers import named, translated, versions
+from compose.engine.paging_numbers import Numbered, named, translated, versions
 from compose.engine.paging_table import Load, SlotTable
 from compose.engine.rows import RowAdapter
 from compose.errors import IncompatibleError
@@ -181,6 +181,11 @@ class Pager:
                 moved or cast. What was in force before is still in its slots then.
             AdapterFormatError: An adapter cannot be read; likewise.
         """
+        if selection is not None and not isinstance(selection, Numbered):
+            raise IncompatibleError(
+                f"a paged bank must know its adapters before the model runs, and a {type(selection).__name__} chooses "
+                "them inside; use attach(model, bank)"
+            )
         with self._lock:
             if selection is not None:
                 self._check_layers()
@@ -250,7 +255,7 @@ class Pager:
             for lane in self.lanes:
                 lane.close()
 
-    def _placed(self, selection: Selection) -> _Placed:
+    def _placed(self, selection: Numbered) -> _Placed:
         known, written = self._known.get(selection), versions(selection)
         if known is not None and written is not None and known.versions == written and self._still(known.slots):
             return known

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 
 import torch
 
-from compose.engine.coefficients import AdapterIds, Coefficients, Selection
+from compose.engine.coefficients import AdapterIds, Coefficients
 from compose.errors import IncompatibleError
 
+Numbered = Coefficients | AdapterIds
+"""Selections that name their adapters before the model runs; a router's gates do not."""
 
-def versions(selection: Selection) -> tuple[int, ...] | None:
+
+def versions(selection: Numbered) -> tuple[int, ...] | None:
     """Write counters of the tensors that say which adapters are used; ``None`` where a change could go unseen."""
     if isinstance(selection, AdapterIds):
         tensors = [selection.ids]
@@ -24,7 +27,7 @@ def versions(selection: Selection) -> tuple[int, ...] | None:
     return None if any(one.is_inference() for one in tensors) else tuple(one._version for one in tensors)
 
 
-def named(selection: Selection) -> list[int]:
+def named(selection: Numbered) -> list[int]:
     """Numbers of the adapters that ``selection`` names, ascending."""
     if isinstance(selection, AdapterIds):
         found = selection.ids
@@ -40,7 +43,7 @@ def named(selection: Selection) -> list[int]:
     return [number for number in found.unique().tolist() if number >= 0]
 
 
-def translated(selection: Selection, slots: Mapping[int, int], num_adapters: int) -> Selection | None:
+def translated(selection: Numbered, slots: Mapping[int, int], num_adapters: int) -> Numbered | None:
     """Return ``selection`` with the numbers of adapters replaced by those of their slots."""
     if not slots:
         return None

@@ -6,6 +6,7 @@ import torch
 from compose.adapter import Adapter, LowRank
 from compose.bank import Bank
 from compose.engine.attach import attach
+from compose.engine.paging import attach_paged
 from compose.engine.routed import export_static, open_routed
 from compose.errors import IncompatibleError, UnknownNameError
 from compose.formats.peft import read_adapter, write_adapter
@@ -208,3 +209,10 @@ def test_trained_experts_need_no_bank(structure, tiny_model, tmp_path) -> None:
     opened = open_routed(model, None, tmp_path / "saved")
     torch.testing.assert_close(logits(opened, **inputs(model)), wanted, rtol=0, atol=0)
     assert set(opened.trained_parameters()) == names
+
+
+def test_a_paged_bank_refuses_a_router(tiny_model) -> None:
+    model = tiny_model("llama")
+    bank = Bank.from_adapters(fresh_experts(model, linear_targets(model), num_experts=3, rank=2))
+    with attach_paged(model, bank, slots=3) as attached, pytest.raises(IncompatibleError, match="use attach"):
+        build(attached, MixtureSpec())
