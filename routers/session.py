@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,7 @@ from compose.routers.taps import tap_target, tapped
 
 BODY_INPUTS = ("embeddings", "first_pass", "tap")
 BASE_INPUTS = ("first_pass", "tap")
+_NUMBERS = count()
 
 
 class Call(Protocol):
@@ -125,6 +127,8 @@ class RoutingSession:
         self._hooks: list[RemovableHandle] = []
         self._top: dict[str, torch.Tensor | None] = {}
         self._prompts: dict[str, torch.Tensor] = {}
+        self._kept_as = f"compose_gates_{next(_NUMBERS)}"  # attribute of caches: what was decided on their prompts
+        self._per_prompt = router.spec.scope == "sequence" and router.spec.pooling != "none"
 
     def check(self, targets: list[str], num_adapters: int) -> None:
         """Raise unless the router was built for this bank."""
@@ -211,6 +215,24 @@ class RoutingSession:
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._top = {}
         self._settle()
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and (self._per_prompt or self._prompts) and self._in_force():
+            routings = dict(self._routings) if self._per_prompt else {}
+            setattr(cache, self._kept_as, (routings, dict(self._prompts)))
+
+    def _recall(self, cache: Any) -> None:
+        """Take up what was decided on the prompt in a cache; other prompts may have been read since."""
+        if not (self._per_prompt or reads_prompt_too(self.router.spec)):
+            return
+        kept = getattr(cache, self._kept_as, None)
+        if kept is None:
+            raise IncompatibleError(
+                "these gates are decided on the whole prompt, and this router was not in force when the prompt in the "
+                "cache was read; start without the cache"
+            )
+        routings, prompts = kept
+        self._routings.update(routings)
+        self._prompts.update(prompts)
 
     def _settle(self) -> None:
         """Flatten what was decided, outside of layers: checkpointed ones would not do it again in ``backward``."""
@@ -226,6 +248,8 @@ class RoutingSession:
                 return None
             body = self._bodies[path]
             body.past = past_length(kwargs.get("past_key_values"))
+            if body.past:
+                self._recall(kwargs["past_key_values"])
             body.encoder = kwargs.get("encoder_hidden_states") if body.decodes else None
             body.encoder_mask = kwargs.get("encoder_attention_mask") if body.decodes else None
             body.context = self._context(body, kwargs)
@@ -248,12 +272,8 @@ class RoutingSession:
         self, body: _Body, names: list[str], call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
     ) -> None:
         """Decide once per sequence, on the prompt as the bare base model sees it; a decoder reads the encoder's."""
-        if body.past and all(name in self._routings for name in names):
-            return
         if body.past:
-            raise IncompatibleError(
-                "a gate per sequence is decided on the whole prompt, and the cache holds part of it; start without one"
-            )
+            return
         if not body.decodes:
             self._base_prompt = self._read_base_prompt(body, *call)
         prompt = self._base_prompt
@@ -358,9 +378,9 @@ class RoutingSession:
         of_encoder: bool = False,
     ) -> Routing:
         """Ask the gate of a site, unless its decision on the prompt stands."""
-        spec, site = self.router.spec, self.router.layout[name]
+        site = self.router.layout[name]
         body = self._bodies[site.body]
-        if spec.scope == "sequence" and spec.pooling != "none" and body.past and name in self._routings:
+        if self._per_prompt and body.past and name in self._routings:
             return self._routings[name]
         if of_encoder:  # a decoder's target that reads the encoder's tokens: their mask, and no labels
             body = replace(body, context=replace(body.context, attention_mask=body.encoder_mask, labels=None))
