@@ -49,9 +49,13 @@ class RoutedModel(nn.Module):
         self._frozen: list[nn.Parameter] = []
         self._removed = False
         self._freeze()
-        session.install()
+        try:
+            session.install()
+            self.enable()
+        except BaseException:
+            self._undo()
+            raise
         session.attached.at_detach(self._undo)
-        self.enable()
         self.train(self.model.training)
 
     @property
@@ -91,7 +95,7 @@ class RoutedModel(nn.Module):
             there are any.
         """
         said = {name: inputs.pop(name) for name in _CONTEXT if name in inputs}
-        context = RoutingContext(**said) if said else self._session.context
+        context = replace(self._session.context, **said)
         losses = self.spec.losses if self.spec.train != "none" else ()
         needs_inputs = any(loss.needs_inputs for loss in losses)
         with self._session.told(context), self.attached.using(self._session):
@@ -124,7 +128,7 @@ class RoutedModel(nn.Module):
             options: Of ``attached.generate``, and those of `RoutingContext` (``task_ids`` ...).
         """
         said = {name: options.pop(name) for name in _CONTEXT if name in options}
-        context = RoutingContext(**said) if said else self._session.context
+        context = replace(self._session.context, **said)
         if not self.config.is_encoder_decoder:  # without a cache, steps compute the prompt again with what follows
             context = replace(context, prompt_mask=_prompt_columns(inputs))
         with self._session.told(context), self.attached.using(self._session):
@@ -132,11 +136,11 @@ class RoutedModel(nn.Module):
 
     @contextmanager
     def told(self, **said: Any) -> Iterator[RoutedModel]:
-        """Say ``task_ids``, ``cluster_ids`` ... for calls of the bare model inside a ``with`` block."""
+        """Say ``task_ids``, ``cluster_ids`` ... for calls inside a ``with`` block, beside what is said already."""
         unknown = sorted(set(said) - set(_CONTEXT))
         if unknown:
             raise IncompatibleError(f"a router cannot be told {unknown[0]!r}; known: {', '.join(_CONTEXT)}")
-        with self._session.told(RoutingContext(**said)):
+        with self._session.told(replace(self._session.context, **said)):
             yield self
 
     @contextmanager

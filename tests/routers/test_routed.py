@@ -146,3 +146,31 @@ def test_cached_generation_equals_no_cache(spec, routed_over) -> None:
     assert cached == routed.generate(prompts, max_new_tokens=8, stop_ids=[1], use_cache=False)
     beams = routed.generate(prompts, max_new_tokens=6, stop_ids=[1], num_beams=3)
     assert beams == routed.generate(prompts, max_new_tokens=6, stop_ids=[1], num_beams=3, use_cache=False)
+
+
+@torch.no_grad()
+def test_what_was_said_stays_beside_what_a_call_says(routed_over, batch) -> None:
+    spec = MixtureSpec(gate=NORMAL, scope="sequence", pooling="mean")
+    routed, inputs = routed_over("llama", spec), batch("llama")
+    known = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    prompt, tasks = torch.arange(9).expand(3, 9) < 3, torch.zeros(3, dtype=torch.int64)
+    want = routed(**known, prompt_mask=prompt, task_ids=tasks).logits
+    with routed.told(prompt_mask=prompt):
+        torch.testing.assert_close(routed(**known, task_ids=tasks).logits, want)
+        with routed.told(task_ids=tasks):
+            torch.testing.assert_close(routed(**known).logits, want)
+
+
+def test_a_router_that_does_not_fit_the_model_leaves_no_trace(tiny_model, make_experts) -> None:
+    model = tiny_model("llama")
+    attached = attach(model, make_experts(model))
+    spec = MixtureSpec(gate=NORMAL, gate_input="embeddings")
+    layers, model.model.layers = model.model.layers, torch.nn.Module()
+    for number, layer in enumerate(layers):
+        setattr(model.model.layers, str(number), layer)
+    with pytest.raises(IncompatibleError, match="no list of layers"):
+        build(attached, spec)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not model._forward_hooks
+    assert not model.model._forward_pre_hooks
+    assert attached.active is None
