@@ -114,10 +114,16 @@ def train(  # noqa: PLR0913 - one parameter per thing that a caller may bring
     routed = build(
         attached, spec, tasks=data.tasks, clusters=data.clusters, text_features=data.text_features, seed=chosen.seed
     )
-    run = Run(
-        routed, data, _stages(stages, steps, epochs, learning_rate), chosen, progress=progress, after_step=after_step
-    )
-    return TrainResult(routed, run.train(None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume))
+    try:
+        run = Run(
+            routed, data, _stages(stages, steps, epochs, learning_rate), chosen, progress=progress,
+            after_step=after_step,
+        )  # fmt: skip
+        history = run.train(None if checkpoint_dir is None else Path(checkpoint_dir), resume=resume)
+    except BaseException:
+        routed.remove()  # nobody else could: the caller has no handle of it
+        raise
+    return TrainResult(routed, history)
 
 
 @dataclass

@@ -259,3 +259,16 @@ def test_specs_with_the_same_balance_loss_in_any_cut_are_finite(tiny_model) -> N
         spec = MixtureSpec(train=train_what, losses=(SwitchLoadBalance(coefficient=1.0),))
         _, history = run(tiny_model("llama"), spec, accumulation=accumulation, steps=2)
         assert all(math.isfinite(entry["aux_loss"]) for entry in history)
+
+
+def test_a_run_that_fails_takes_its_router_off_the_model(tiny_model) -> None:
+    model = tiny_model("llama")
+    attached = attached_bank(model, trainable=True)
+
+    def fail(routed, step) -> None:
+        raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        train(attached, SPECS["both"], records(), tokenizer=TOKENIZER, steps=2, batch_size=6, after_step=fail)
+    assert attached.active is None
+    assert not model._forward_hooks
