@@ -383,7 +383,7 @@ class RoutingSession:
         if self._per_prompt and body.past and name in self._routings:
             return self._routings[name]
         if of_encoder:  # a decoder's target that reads the encoder's tokens: their mask, and no labels
-            body = replace(body, context=replace(body.context, attention_mask=body.encoder_mask, labels=None))
+            body = replace(body, context=replace(body.context.of_encoder(), attention_mask=body.encoder_mask))
         seen = self._seen(site, body, hidden, stack)
         routing = self.router(name, seen)
         if self.transform is not None:

@@ -72,3 +72,17 @@ def test_a_prompt_that_was_read_without_the_router_is_refused(routed_over, batch
         cache = routed.model(input_ids=ids[:, :5], use_cache=True).past_key_values
     with pytest.raises(IncompatibleError, match="not in force when the prompt in the cache was read; start without"):
         routed(input_ids=ids[:, 5:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_labels_of_the_decoder_s_tokens_are_not_those_of_the_encoder_s_it_attends_to(routed_over, batch):
+    routed, inputs = routed_over("t5", MixtureSpec(gate=LinearGate(init="normal"))), batch("t5")
+    inputs["labels"] = inputs["input_ids"].clone()  # as many tokens on both sides
+    labels = torch.zeros(3, 9, dtype=torch.int64)
+    labels[:, 4:] = 1
+    with routed.recording() as decisions:
+        routed(**inputs, expert_labels=labels)
+    found = {each.site: each.labels_N.unflatten(0, (3, 9)) for each in decisions}
+    (cross,) = [name for name in found if name.endswith("decoder.block.0.layer.1.EncDecAttention.k")]
+    torch.testing.assert_close(found[cross], torch.full((3, 9), -1))
+    torch.testing.assert_close(found[cross.replace("EncDecAttention.k", "EncDecAttention.q")], labels)
