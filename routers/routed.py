@@ -125,8 +125,13 @@ class RoutedModel(nn.Module):
 
         Args:
             inputs: Rows of token ids, a tensor, or a tokenizer's result.
-            options: Of ``attached.generate``, and those of `RoutingContext` (``task_ids`` ...).
+            options: Of ``attached.generate``, and those of `RoutingContext`; the prompt is ``inputs``.
+
+        Raises:
+            IncompatibleError: The prompt is to be read in chunks, and gates read it as one.
         """
+        if options.get("prefill_chunk_size") and self.spec.pooling != "none":
+            raise IncompatibleError("gates of this router read the prompt as one; leave prefill_chunk_size out")
         said = {name: options.pop(name) for name in _CONTEXT if name in options}
         context = replace(self._session.context, **said)
         if not self.config.is_encoder_decoder:  # without a cache, steps compute the prompt again with what follows

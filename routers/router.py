@@ -6,7 +6,6 @@ Shape letters: ``B`` rows, ``T`` tokens, ``D`` width of the gate's input, ``E`` 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -183,8 +182,3 @@ def _real(seen: Seen, gates: torch.Tensor) -> torch.Tensor | None:
     if gates.dim() != 3:
         return None
     return seen.context.real(gates.shape[0], gates.shape[1], gates.device)
-
-
-def state_of(router: Router) -> dict[str, Any]:
-    """The router's parameters and persistent buffers, keyed by site and component."""
-    return {key: value.detach().cpu().contiguous() for key, value in router.state_dict().items()}

@@ -34,6 +34,11 @@ class RouterTrainer(Trainer):
         if not isinstance(model, RoutedModel):
             raise IncompatibleError(f"RouterTrainer trains a routed model, got {type(model).__name__}")
         super().__init__(model, args, **options)
+        if self.args.n_gpu > 1:
+            raise IncompatibleError(
+                f"{self.args.n_gpu} GPUs in one process would share one router's state; start one process per GPU "
+                "(torchrun), or show this one a single GPU (CUDA_VISIBLE_DEVICES)"
+            )
         self.args.remove_unused_columns = False  # a routed model's inputs are not in its signature
         self.args.label_names = ["labels"]
         self.label_names = ["labels"]

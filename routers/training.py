@@ -298,7 +298,8 @@ class Run:
 
     def _report(self, step: int, stage: StageData, losses: _Losses, rates: tuple[float, float], norm: float) -> None:
         logged = (step + 1) % self.settings.log_every == 0 or step + 1 == self.plan.total
-        if not logged and self.progress is None:
+        alone = processes().world == 1  # the sums below are of all processes, which may not all have a callback
+        if not logged and self.progress is None and alone:
             return
         entropy, load = losses.gates.finish()
         report = StepReport(

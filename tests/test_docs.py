@@ -85,3 +85,14 @@ def test_the_table_of_merge_methods_is_what_its_command_prints() -> None:
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(lines) > 40
     assert [line for line in lines if line not in text] == []
+
+
+@pytest.mark.parametrize("device", ["h200", "cpu"])
+def test_the_tables_of_the_router_study_are_what_its_command_prints(device: str) -> None:
+    command = [sys.executable, "-P", str(ROOT / "benchmarks" / "router_study.py"), "--print"]
+    rows = str(ROOT / "benchmarks" / f"router_study_{device}.jsonl")
+    done = subprocess.run([*command, rows], capture_output=True, text=True, check=True)
+    text = (ROOT / "routers" / "README.md").read_text()
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(lines) > 3
+    assert [line for line in lines if line not in text] == []

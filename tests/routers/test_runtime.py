@@ -154,3 +154,9 @@ def test_switched_off_and_on(routed_over, batch) -> None:
     routed.remove()
     with pytest.raises(IncompatibleError, match="removed"):
         routed.enable()
+
+
+def test_a_prompt_in_chunks_is_refused_where_gates_read_it_whole(routed_over) -> None:
+    routed = routed_over("llama", SPECS["sequence"])
+    with pytest.raises(IncompatibleError, match="prefill_chunk_size"):
+        routed.generate(PROMPTS, max_new_tokens=2, stop_ids=[1], prefill_chunk_size=2)
