@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench types gpu-test gpu-bench clean
+.PHONY: demo test test-routers test-rest check bench types gpu-test gpu-bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -13,8 +13,15 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/compose demo --out runs/demo --force
 
+# Two processes, for two cores; each prints what it found when it is done.
 test: .venv/installed
-	$(BIN)/python -P -m pytest -q
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-routers test-rest
+
+test-routers: .venv/installed
+	$(BIN)/python -P -m pytest -q -p no:cacheprovider tests/routers
+
+test-rest: .venv/installed
+	$(BIN)/python -P -m pytest -q -p no:cacheprovider tests --ignore=tests/routers
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
