@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
     {"registry", "adapter", "files", "kernels", "text"},
-    {"merging", "routers", "search", "retriever", "hub_index", "formats"},
+    {"merging", "routers", "search", "retriever", "formats"},
+    {"hub_index"},
     {"bank"},
     {"engine"},
     {"fewshot"},
