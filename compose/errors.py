@@ -40,6 +40,10 @@ class RunFolderError(ComposeError):
     """An output folder exists, is incomplete, or belongs to another run."""
 
 
+class HubIndexError(ComposeError):
+    """An index is missing, foreign, damaged or newer than this version; or a record cannot be in one."""
+
+
 def unknown_name(what: str, given: str, known: Collection[str]) -> str:
     """Return ``unknown <what> 'tise'; did you mean 'ties'? (known: linear, ties)``; of many names the first 40."""
     names = list(known)
