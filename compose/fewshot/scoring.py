@@ -13,7 +13,7 @@ import torch
 from compose.engine.generate import generate_tokens
 from compose.fewshot.loading import LoadedModel
 from compose.fewshot.losses import response_losses
-from compose.text.encoding import Encoded, encode
+from compose.text.encoding import Encoded, encode, end_ids
 from compose.text.examples import Example
 
 ROWS = 128
@@ -112,10 +112,8 @@ def interval(values: np.ndarray, *, samples: int, seed: int) -> Interval:
 
 
 def stop_ids(loaded: LoadedModel) -> list[int]:
-    """Token ids that end a response: the end-of-text token, and the response suffix when it is one token."""
-    suffix = loaded.tokenizer(loaded.prompt_format.suffix(loaded.tokenizer), add_special_tokens=False).input_ids
-    ids = [*suffix[-1:], loaded.tokenizer.eos_token_id]
-    return list(dict.fromkeys(token for token in ids if token is not None))
+    """Token ids that end a response: the end-of-text token, and the last one of the response suffix."""
+    return end_ids(loaded.tokenizer, loaded.prompt_format)
 
 
 def _option_hits(loaded: LoadedModel, items: Sequence[Example]) -> np.ndarray:

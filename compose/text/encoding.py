@@ -98,20 +98,31 @@ def encode_one(example: Example, tokenizer: Any, prompt_format: PromptFormat, *,
     Raises:
         ExamplesError: It "has no tokens in its prompt", or response.
     """
-    prompt_text = prompt_format.prompt(example, tokenizer)
-    special = not example.messages
-    prompt = tokenizer(prompt_text, add_special_tokens=special).input_ids
-    if not encoder_decoder and prompt and prompt[-1] == tokenizer.eos_token_id and special:
-        prompt = prompt[:-1]
+    prompt = prompt_ids(example, tokenizer, prompt_format, encoder_decoder=encoder_decoder)
     response = response_ids(example.output, tokenizer, prompt_format)
     if not prompt or not response:
         raise ExamplesError(f"has no tokens in its {'response' if prompt else 'prompt'}")
     return Encoded(tuple(prompt), tuple(response))
 
 
+def prompt_ids(example: Example, tokenizer: Any, prompt_format: PromptFormat, *, encoder_decoder: bool) -> list[int]:
+    """Token ids of a prompt; a decoder-only model's does not end in an end-of-text token, for the response follows."""
+    special = not example.messages
+    prompt = tokenizer(prompt_format.prompt(example, tokenizer), add_special_tokens=special).input_ids
+    if not encoder_decoder and prompt and prompt[-1] == tokenizer.eos_token_id and special:
+        return prompt[:-1]
+    return prompt
+
+
 def response_ids(text: str, tokenizer: Any, prompt_format: PromptFormat) -> list[int]:
     """Token ids of a response and its end token."""
     return tokenizer(text + prompt_format.suffix(tokenizer), add_special_tokens=False).input_ids
+
+
+def end_ids(tokenizer: Any, prompt_format: PromptFormat) -> list[int]:
+    """Token ids that end a response: the last one of the response suffix, and the end-of-text token."""
+    suffix = tokenizer(prompt_format.suffix(tokenizer), add_special_tokens=False).input_ids
+    return list(dict.fromkeys(token for token in [*suffix[-1:], tokenizer.eos_token_id] if token is not None))
 
 
 def pad(
