@@ -39,7 +39,7 @@ def recipe(tmp_path):
         ("method: !!python/name:os.system {}", "could not determine"),
         ("method: [", "not a recipe"),
         ("method: sum\n---\nmethod: ties", "single document"),
-        ("{" * 5000, "recursion"),
+        ("{" * 5000, "64 levels deep"),
         ("metod: ties", "did you mean 'method'"),
         ("method: ties\nmerge_method: ties", "the same key"),
         ("rank: 2.5", "'rank' must be an integer, got 2.5"),
