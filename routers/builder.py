@@ -16,6 +16,7 @@ from compose.kernels.stack import LoraStack
 from compose.routers.component import SiteShape
 from compose.routers.experts import check_experts
 from compose.routers.mixing import Mixer
+from compose.routers.pooling import pooled_width
 from compose.routers.residual import StartResidual
 from compose.routers.routed import RoutedModel
 from compose.routers.router import Router
@@ -149,7 +150,7 @@ def _shapes(
             available_E=_available(stacks, spec),
             stacks=stacks,
             generator=generator,
-            prompt_features=hidden_size(attached.model) if reads_prompt_too(spec) else 0,
+            prompt_features=pooled_width(spec.pooling, hidden_size(attached.model)) if reads_prompt_too(spec) else 0,
             shared=shared,
             tapped=tapped,
             **numbers,

@@ -12,6 +12,7 @@ from compose.routers.component import Component, describe, from_description
 from compose.routers.gates.linear import LinearGate
 from compose.routers.losses.registry import LOSSES, AuxLoss
 from compose.routers.normalisations.softmax import Softmax
+from compose.routers.pooling import Pooling
 from compose.routers.selectors.every import All
 from compose.routers.sites import SITE_KINDS, SiteKind
 from compose.routers.steps import GATES, NORMALISATIONS, SELECTORS
@@ -20,7 +21,6 @@ Scope = Literal["static", "task", "sequence", "token", "step"]
 GateInput = Literal[
     "none", "task_id", "cluster_id", "text", "embeddings", "first_pass", "tap", "block", "layer", "ranks", "outputs"
 ]
-Pooling = Literal["none", "mean", "last"]
 Renormalise = Literal["none", "sum", "softmax", "softmax_probs"]
 Post = Literal["none", "bias", "scale"]
 Structure = Literal["lora", "shared_a", "ia3", "ffn"]
@@ -43,8 +43,9 @@ class MixtureSpec:
             two passes); the input of one target in such a pass (``tap``); hidden states that enter the block; the
             input of the site's first target (``layer``), or what that target's experts make of it: rank activations
             (``ranks``) or outputs (``outputs``), for gates that compute those from the input and the factors.
-        pooling: How hidden states become one vector per sequence; only prompt tokens are read. With gates per token:
-            of the prompt's embeddings, for gate networks that read them too (``blend``).
+        pooling: How hidden states become one vector per sequence (`compose.routers.pooling`); only prompt tokens are
+            read. With gates per token: of the prompt's embeddings or base pass, for gate networks that read them too
+            (``blend``, ``prompt_mlp``); for those also ``mean_std``.
         tap: Regular expression for the target that ``tap`` reads: the last one that contains it.
         gate: Gate network; None for mixtures without one.
         normalise: Scores to probabilities.
@@ -231,13 +232,15 @@ def _pooling(spec: MixtureSpec, hidden: bool) -> list[str]:
     fitting = spec.scope == "token" and spec.gate_input in ("layer", "first_pass") and spec.pooling != "none"
     if reads_prompt and not fitting:
         told = "a gate that reads the prompt too is for gates per token of layer inputs or of a base pass"
-        return [f"{told}, with pooling 'mean' or 'last'"]
+        return [f"{told}, with pooling 'mean', 'last' or 'mean_std'"]
     if reads_prompt:
         return []
     if hidden and spec.scope == "sequence" and spec.pooling == "none":
         return ["gates per sequence from hidden states need pooling 'mean' or 'last'"]
     if spec.pooling != "none" and (not hidden or spec.scope != "sequence"):
         return ["pooling is for gates per sequence from hidden states"]
+    if spec.pooling == "mean_std":
+        return ["pooling 'mean_std' is for gates per token that read the prompt too (blend, prompt_mlp)"]
     return []
 
 

@@ -34,15 +34,16 @@ def xlora_layerwise() -> Preset:
 def xlora_prompt() -> Preset:
     """X-LoRA with the prompt's vector beside each token's, taught the expert; one expert per token, at full strength.
 
-    Not from a paper. X-LoRA's gate sees one token's state of the base pass; here it also sees the mean state of the
-    prompt, which tells tasks apart that single tokens do not, and learns from expert labels where records have them.
+    Not from a paper. X-LoRA's gate sees one token's state of the base pass; here it also sees mean and spread of the
+    prompt's states, which tell tasks apart that single tokens do not, and learns from expert labels where records have
+    them.
     """
     spec = MixtureSpec(
-        site="model", gate_input="first_pass", pooling="mean", gate=PromptMlpGate(), select=TopK(k=1),
+        site="model", gate_input="first_pass", pooling="mean_std", gate=PromptMlpGate(), select=TopK(k=1),
         renormalise="sum", losses=(GateCrossEntropy(coefficient=5.0, level="token"),), train="router",
         departures=("not from a paper: X-LoRA's two passes, a gate that reads the prompt too, supervised",),
     )  # fmt: skip
     return Preset(
-        paper="", summary="X-LoRA whose gate also reads the prompt's mean, taught the expert", spec=spec,
+        paper="", summary="X-LoRA whose gate also reads the prompt's statistics, taught the expert", spec=spec,
         needs=("expert_labels",),
     )  # fmt: skip
