@@ -13,7 +13,7 @@ import re
 import stat
 import struct
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -53,11 +53,13 @@ class FileHeader:
         tensors: Name -> `TensorSpec` in file order.
         num_bytes: Size of the whole file.
         fingerprint: Hash of the header bytes together with the file size.
+        metadata: The header's ``__metadata__``.
     """
 
     tensors: Mapping[str, TensorSpec]
     num_bytes: int
     fingerprint: str
+    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class FileContent(NamedTuple):
@@ -276,7 +278,7 @@ def _parse_header(head: bytes, size: int, empty: bool) -> FileHeader:
             f"the header describes {position:,} bytes of tensors, the file holds {size - len(head):,}; "
             "it is truncated or has bytes appended"
         )
-    return FileHeader(MappingProxyType(tensors), size, _fingerprint(head, size))
+    return FileHeader(MappingProxyType(tensors), size, _fingerprint(head, size), MappingProxyType(metadata))
 
 
 def check_tensor_names(names: Collection[str]) -> None:

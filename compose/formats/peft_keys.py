@@ -169,7 +169,9 @@ def check_leftovers(config: LoraConfig, full: Mapping[str, str], embeddings: Col
         embeddings: The adapter's targets that are embeddings.
     """
     problems = [
-        f"{name} is used by nothing: neither a factor, nor in modules_to_save, nor a copy of an embedding"
+        f"{name} is used by nothing: a copy of the base's own weights; save with PEFT's save_pretrained"
+        if ".base_layer." in f".{path}"
+        else f"{name} is used by nothing: neither a factor, nor in modules_to_save, nor a copy of an embedding"
         for path, name in full.items()
         if not is_embedding_copy(path, embeddings) and not any(is_inside(path, one) for one in config.full_modules)
     ]

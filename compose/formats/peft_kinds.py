@@ -23,6 +23,10 @@ Widths = Callable[[str], tuple[int, int]]
 KINDS: Registry[Kind] = Registry("kind of adapter", package="compose.formats")
 
 
+_OF_LORA = frozenset({"DORA", "MERGED_LORA"})
+"""Kinds that are fields of a LoRA configuration and no ``peft_type`` of their own."""
+
+
 class Found(NamedTuple):
     """One tensor of the file, from the header."""
 
@@ -145,8 +149,10 @@ def kind_of(config: Mapping[str, Any]) -> Kind | None:
     """Return the kind of a configuration; None for plain LoRA and for kinds that are not known."""
     name = config.get("peft_type")
     if name == "LORA":
-        return KINDS["DORA"] if config.get("use_dora") is True else None
-    return KINDS[name] if isinstance(name, str) and name != "DORA" and name in KINDS else None
+        if config.get("use_dora") is True:
+            return KINDS["DORA"]
+        return KINDS["MERGED_LORA"] if config.get("enable_lora") else None
+    return KINDS[name] if isinstance(name, str) and name not in _OF_LORA and name in KINDS else None
 
 
 def factor_dtype(*found: Found) -> torch.dtype:

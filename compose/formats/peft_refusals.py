@@ -111,7 +111,7 @@ def refuse_variants(config: Mapping[str, Any], *, known: Collection[str] = KNOWN
         problems.append(f"init_lora_weights {init!r:.60}: {_MUTATING_INIT}")
     if _is_set(config.get("enable_lora")):
         problems.append(
-            "enable_lora is set: fused LoRA of PEFT before 0.3 has grouped factors; convert it with that release"
+            "enable_lora is set: fused LoRA of PEFT before 0.3 has grouped factors and no use_dora; drop one of them"
         )
     return problems
 

@@ -118,6 +118,58 @@ def inspect_kind(folder: Path, name: str, file: ConfigFile) -> AdapterHeader:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class KindHeader:
+    """An adapter of another kind than plain LoRA without its weights, whether it opens as it is or not.
+
+    Attributes:
+        title: Of its kind.
+        next_step: Why it does not open as it is and what to do; ``""`` when it does.
+        base: Identifier of the base model, ``""`` when unknown.
+        targets: Module path -> what is known of the target, in natural order.
+        ranks: Module path -> rank of the exact factors, or the configuration's own where there are none (IA3: 0).
+        full_modules: Parameter path -> `FullTensorHeader`.
+        file: Header of the weight file.
+        config: The whole source configuration.
+        config_text: The configuration file verbatim.
+    """
+
+    title: str
+    next_step: str
+    base: str
+    targets: Mapping[str, KindTarget]
+    ranks: Mapping[str, int]
+    full_modules: Mapping[str, FullTensorHeader]
+    file: files.FileHeader
+    config: Mapping[str, Any]
+    config_text: str
+
+
+def describe_kind(folder: str | Path) -> KindHeader | None:
+    """Read configuration and weight header of any known kind but plain LoRA; None for everything else.
+
+    Raises:
+        AdapterFormatError: Damaged, hostile or incomplete; not for being full rank or in need of the base model.
+    """
+    folder = Path(folder)
+    file = read_config(folder)
+    kind = kind_of(file.fields)
+    if kind is None:
+        return None
+    parsed = _parse(kind, file)
+    path = weights_path(folder)
+    header = files.read_header(path, empty=kind.empty)
+    targets, full = _resolve(kind, file.fields, parsed, header.tensors, path, None)
+    own = "r" in file.fields
+    ranks = {module: one.rank or (parsed.declared_rank(module) if own else 0) for module, one in targets.items()}
+    next_step = ""
+    try:
+        inspect_kind(folder, "adapter", file)
+    except AdapterFormatError as error:
+        next_step = str(error)
+    return KindHeader(kind.title, next_step, parsed.base, targets, ranks, full, header, file.fields, file.text)
+
+
 def is_other_kind(header: AdapterHeader) -> bool:
     """Return whether `inspect_kind` made this header."""
     return all(not target.a_key for target in header.targets.values())

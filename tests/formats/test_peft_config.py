@@ -189,7 +189,7 @@ VARIANTS = {
     "monteclora_config": {"x": 1},
     "kasa_config": {"x": 1},
     "bias": "all",
-    "enable_lora": [True, False],
+    "enable_lora": [False],
     "use_something_new": True,
     "something_new_config": {"x": 1},
 }

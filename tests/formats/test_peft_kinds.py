@@ -257,7 +257,9 @@ def test_any_configuration_and_any_shapes_are_read_or_refused(data, name, fields
     shared = data.draw(st.dictionaries(st.sampled_from(sorted(kind.shared or {"none"})), shapes))
     found = [{part: Found(part, shape, torch.float32) for part, shape in one.items()} for one in (parts, shared)]
     try:
-        config = {"peft_type": "LORA" if name == "DORA" else name, "r": 2, "init_r": 2, **fields}
+        config = {"peft_type": "LORA" if name in ("DORA", "MERGED_LORA") else name, "r": 2, "init_r": 2, **fields}
+        if name == "MERGED_LORA":
+            config["enable_lora"] = data.draw(st.lists(st.booleans(), max_size=4) | json_values)
         target = kind.target(Opened(config, kind.parse(config), {"q": found[0]}, found[1], None), "q")
     except AdapterFormatError:
         return
