@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from compose.errors import AdapterFormatError, BackendUnavailableError, IncompatibleError, UnknownNameError, unknown_name
+from compose.errors import (
+    AdapterFormatError,
+    BackendUnavailableError,
+    IncompatibleError,
+    UnknownNameError,
+    unknown_name,
+)
 from compose.files import safetensors_file
 from compose.files.publish import publish_folder
 from compose.files.strict_json import parse_object
+from compose.retriever.composition import allowed, first_of
+from compose.retriever.retriever import Exclude, Retrieved
+from compose.retriever.storage import check_encoder, describe
 
 if TYPE_CHECKING:
     from compose.retriever.encoders import Encoder
@@ -139,14 +148,14 @@ class TextClusters:
         """Write ``clusters.json`` and ``clusters.safetensors``.
 
         Raises:
-            RunFolderError: The folder exists.
+            DuplicateNameError: The folder exists.
         """
         from safetensors.numpy import save
 
         kind = "kmeans" if isinstance(self.clusters, Centres) else "gmm"
         about = {
             "format": FORMAT, "version": VERSION, "method": kind, "clusters": self.clusters.count,
-            "encoder": {"id": self.encoder.id, "fingerprint": self.encoder.fingerprint, "prompt": self.encoder.prompt},
+            "encoder": describe(self.encoder),
         }  # fmt: skip
         arrays = {name: np.ascontiguousarray(value) for name, value in self.clusters._asdict().items()}
         return publish_folder({JSON_FILE: _json(about), TENSOR_FILE: save(arrays)}, Path(folder))
@@ -164,12 +173,21 @@ class TextClusters:
             IncompatibleError: The encoder or its prompt is another.
         """
         about = _about(Path(folder) / JSON_FILE)
-        _check_encoder(about.get("encoder"), encoder, Path(folder))
-        tensors = safetensors_file.load(Path(folder) / TENSOR_FILE).tensors
-        kind = Centres if about.get("method") == "kmeans" else Gaussians
-        if set(tensors) != set(kind._fields):
-            raise AdapterFormatError(f"{folder}: {TENSOR_FILE} holds {sorted(tensors)}, expected {list(kind._fields)}")
-        return cls(encoder, kind(*(tensors[name].numpy() for name in kind._fields)))
+        check_encoder(about["encoder"], encoder, Path(folder))
+        file = Path(folder) / TENSOR_FILE
+        arrays = {name: tensor.numpy() for name, tensor in safetensors_file.load(file).tensors.items()}
+        kind = Centres if about["method"] == "kmeans" else Gaussians
+        found = {name: array.shape for name, array in arrays.items() if array.dtype == np.float32}
+        wanted: dict[str, tuple[int, ...]] = {"centres": (about["clusters"], encoder.dim)}
+        if kind is Gaussians:
+            count, width = about["clusters"], found.get("components", (0, 0))[0]
+            wanted = {
+                "mean": (encoder.dim,), "components": (width, encoder.dim), "means": (count, width),
+                "factors": (count, width, width), "logs": (count,),
+            }  # fmt: skip
+        if found != wanted or len(arrays) != len(found):
+            raise AdapterFormatError(f"{file}: holds {found}, wanted float32 {wanted}")
+        return cls(encoder, kind(*(arrays[name] for name in kind._fields)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,9 +249,12 @@ class ClusterRetriever:
         """``(B, E)`` float32."""
         return self.shares[self.clusters.of(texts)]
 
-    def top(self, texts: Sequence[str], k: int, exclude: Any = None) -> Any:
+    def top(self, texts: Sequence[str], k: int = 3, exclude: Exclude | None = None) -> Retrieved:
         """The first ``k`` adapters of every text; see `compose.retriever.retriever.Retriever.top`."""
-        return retrieved(self.names, self.scores(texts), k, exclude)
+        scores = np.where(allowed(self.names, len(texts), exclude), self.scores(texts), -np.inf)
+        indices, best = first_of(scores, k)
+        names = tuple(tuple(self.names[index] for index in row if index >= 0) for row in indices)
+        return Retrieved(names, indices, best, np.zeros(len(indices), dtype=bool))
 
 
 def kmeans(vectors: np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
@@ -261,7 +282,9 @@ def gaussians(vectors: np.ndarray, count: int, *, components: int, seed: int) ->
     reduced = pca.transform(x)
     # Clusters of a few texts have no covariance of their own: a hundredth of the mean variance is added to each.
     ridge = max(1e-2 * float(reduced.var(axis=0).mean()), 1e-9)
-    mixture = _sklearn("mixture").GaussianMixture(count, reg_covar=ridge, max_iter=1000, random_state=seed).fit(reduced)
+    mixture = (
+        _sklearn("mixture").GaussianMixture(count, reg_covar=ridge, max_iter=1000, random_state=seed).fit(reduced)
+    )
     factors = mixture.precisions_cholesky_
     logs = np.log(mixture.weights_) + np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(1)
     parts = (pca.mean_, pca.components_, mixture.means_, factors, logs)
@@ -301,13 +324,6 @@ def _about(file: Path) -> dict[str, Any]:
             f"{file}: expected format {FORMAT!r} version {VERSION}, got {about.get('format')!r} version "
             f"{about.get('version')!r} of method {about.get('method')!r}"
         )
+    if not isinstance(about.get("encoder"), dict) or type(about.get("clusters")) is not int:
+        raise AdapterFormatError(f"{file}: needs 'encoder', an object, and 'clusters', a whole number")
     return about
-
-
-def _check_encoder(saved: Any, encoder: Encoder, folder: Path) -> None:
-    known = saved if isinstance(saved, dict) else {}
-    if (known.get("fingerprint"), known.get("prompt")) != (encoder.fingerprint, encoder.prompt):
-        raise IncompatibleError(
-            f"{folder}: made with the encoder {known.get('id')!r} and prompt {known.get('prompt')!r}, given "
-            f"{encoder.id!r} with prompt {encoder.prompt!r}; give that encoder, or cluster again"
-        )

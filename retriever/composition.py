@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from compose.errors import IncompatibleError, UnknownNameError, unknown_name
+from compose.retriever.top_k import top_k
 
 ModeName = Literal["selection", "fusion", "mixture", "soup"]
 Weighting = Literal["uniform", "similarity"]
@@ -192,7 +193,7 @@ def first_of(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
     Entries of ``-inf`` are never named: where a row has fewer others it ends in -1 and ``-inf``.
     """
-    indices = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    indices = top_k(scores, k)
     found = np.take_along_axis(scores, indices, axis=1)
     return np.where(np.isneginf(found), -1, indices), found
 
