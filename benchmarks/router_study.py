@@ -1,7 +1,7 @@
 """Mixtures on the demo's bank: trained on all upstream tasks at once, scored on them and on the held-out mixtures.
 
     python benchmarks/router_study.py --out benchmarks/results --workers 2               # a CPU: hours
-    python benchmarks/router_study.py --out OUT --device cuda --workers 15               # a GPU: 10 minutes
+    python benchmarks/router_study.py --out OUT --device cuda --gpus 4 --workers 60      # four GPUs: 10 minutes
     python benchmarks/router_study.py ... (the same again)       # runs what OUT/router_study.jsonl lacks
     python benchmarks/router_study.py --print benchmarks/router_study_h200.jsonl
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 GROUPS = ("upstream", "mixture")
 Job = tuple[str, int, int, int, int, int, str]
-"""Contender, seed, steps, batch, training records, items, device."""
+"""Contender, seed, steps, batch, training records, items, device (``"cuda:1"``: that one, alone visible)."""
 
 REFERENCES = "references"
 ABLATIONS = {
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--print", type=Path, dest="shown", metavar="FILE", help="only print the table of these rows")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contenders; all by default")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--gpus", type=int, default=1, help="with --device cuda: workers take them in turn")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
@@ -74,15 +75,17 @@ def run(arguments: argparse.Namespace, file: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     finished = {(row["job"], row["job_seed"]) for row in rows}
     size = (arguments.steps, arguments.batch, arguments.records, arguments.items)
-    jobs = [
-        (name, seed, *size, arguments.device)
+    wanted = [
+        (name, seed)
         for seed in range(arguments.seeds)
         for name in names
         if (name, seed) not in finished and (not seed or (name != REFERENCES and CONTENDERS[name].chance))
     ]
+    devices = [f"cuda:{gpu}" for gpu in range(arguments.gpus)] if arguments.device == "cuda" else [arguments.device]
+    jobs = [(*pair, *size, devices[number % len(devices)]) for number, pair in enumerate(wanted)]
     started, failed = time.monotonic(), list[str]()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.workers, initializer=quiet, maxtasksperchild=4) as pool, file.open("a") as stream:
+    with context.Pool(arguments.workers, quiet, maxtasksperchild=1) as pool, file.open("a") as stream:
         for done, (job, found, problem) in enumerate(pool.imap_unordered(measure_or_tell, jobs), start=1):
             rows += found
             failed += [job[0]] if problem else []
@@ -111,8 +114,11 @@ def quiet() -> None:
 
 def measure_or_tell(job: Job) -> tuple[Job, list[dict[str, Any]], str]:
     """Return a job's rows, or why there are none: one failure must not end the others."""
+    device, _, number = job[-1].partition(":")
+    if number:
+        os.environ["CUDA_VISIBLE_DEVICES"] = number  # before the first use of CUDA in this worker
     try:
-        return job, measure(job), ""
+        return job, measure((*job[:-1], device)), ""
     except Exception:  # noqa: BLE001 - told, and the exit code says so
         return job, [], traceback.format_exc()[-1500:]
 
