@@ -30,6 +30,7 @@ _EXPORTS = {
     "merge_with_data": "compose.engine.data_merge",
     "extract": "compose.engine.extract",
     "few_shot_search": "compose.fewshot.run",
+    "retrieve_and_generate": "compose.engine.retrieved",
     "soup_weights": "compose.engine.soup",
     "read_adapter": "compose.formats.peft",
     "write_adapter": "compose.formats.peft",
