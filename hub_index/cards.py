@@ -68,17 +68,17 @@ class Card:
     notes: tuple[str, ...] = ()
 
 
-def parse_card(data: bytes, where: object) -> Card:
-    """Return what the bytes of a README.md say.
+def parse_card(data: bytes | str, where: object) -> Card:
+    """Return what a README.md says.
 
     Args:
-        data: At most `MAX_CARD_BYTES`; of a longer file nothing is taken.
+        data: Its bytes or text, at most `MAX_CARD_BYTES`; of a longer file nothing is taken.
         where: What the bytes are, for the notes.
     """
     if len(data) > MAX_CARD_BYTES:
         note = f"{where}: {len(data)} bytes, more than the limit of {MAX_CARD_BYTES}; the card is not read"
         return Card(notes=(note,))
-    text = data.decode("utf-8", errors="replace")
+    text = data if isinstance(data, str) else data.decode("utf-8", errors="replace")
     front = _FRONT.match(text)
     fields, notes = _front_matter(front[1] or "" if front else "", where)
     body = text[front.end() :] if front else text
