@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from compose.errors import ComposeError, UnknownNameError, unknown_name
+from compose.retriever.adapter_index import AdapterIndex, best_adapters
 from compose.retriever.embeddings import ADAPTER_EMBEDDINGS, AdapterVectors, Embedding, Samples
 from compose.retriever.encoders import Encoder, check_texts
-from compose.retriever.top_k import top_k
+from compose.retriever.scope import Scope, ScopeKind, calibrate, in_scope
 from compose.text.examples import Example
 
 LDA_SAMPLES = 5
@@ -50,12 +52,17 @@ class Retriever:
         names: ``E`` adapters.
         method: The adapter embedding and its options.
         fitted: What queries are scored against.
+        backend: How the best are found: ``"auto"`` (exactly, and by ``faiss`` from 2e5 vectors on), ``"exact"``, or a
+            registered vector backend. Scores of what was found are exact either way.
+        scope: Which texts are refused, where it was calibrated.
     """
 
     encoder: Encoder
     names: tuple[str, ...]
     method: Embedding
     fitted: AdapterVectors
+    backend: str = "auto"
+    scope: Scope | None = None
 
     @classmethod
     def fit(
@@ -63,6 +70,8 @@ class Retriever:
         encoder: Encoder,
         examples: Mapping[str, Sequence[str]],
         method: str | Embedding = "auto",
+        *,
+        backend: str = "auto",
     ) -> Retriever:
         """Embed every adapter from a few texts.
 
@@ -71,6 +80,7 @@ class Retriever:
             examples: Adapter -> inputs of its task (for ``method="description"``: texts about it), at least one each.
                 LoraRetriever takes 20.
             method: ``"auto"`` (`LDA_SAMPLES`), a registered name, or a method with its options.
+            backend: How the best are found; see the class.
 
         Raises:
             ComposeError: No adapters, an adapter without texts, or a text that is no string.
@@ -82,7 +92,7 @@ class Retriever:
             raise ComposeError(f"every adapter needs at least one text, got {given}; leave it out or give texts")
         texts = [text for group in examples.values() for text in check_texts(group)]
         owners = np.repeat(np.arange(len(examples)), [len(group) for group in examples.values()])
-        return cls.from_vectors(encoder, tuple(examples), encoder.encode(texts), owners, method)
+        return cls.from_vectors(encoder, tuple(examples), encoder.encode(texts), owners, method, backend=backend)
 
     @classmethod
     def from_vectors(
@@ -92,6 +102,8 @@ class Retriever:
         vectors: np.ndarray,
         owners: np.ndarray,
         method: str | Embedding = "auto",
+        *,
+        backend: str = "auto",
     ) -> Retriever:
         """Embed every adapter from vectors that ``encoder`` made earlier.
 
@@ -101,10 +113,14 @@ class Retriever:
             vectors: ``(N, D)`` float32, unit rows.
             owners: ``(N,)`` index into ``names`` of every row, in any order, each at least once.
             method: As in `fit`.
+            backend: As in `fit`.
+
+        Raises:
+            ComposeError: The arrays do not fit each other, or an adapter has no vector.
         """
         samples = _samples(names, vectors, owners)
         chosen = _method(method, samples)
-        return cls(encoder, tuple(names), chosen, chosen.fit(samples))
+        return cls(encoder, tuple(names), chosen, chosen.fit(samples), backend)
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """Return the score of every adapter for every text: ``(B, E)`` float32, larger is better."""
@@ -131,23 +147,27 @@ class Retriever:
 
     def top_vectors(self, queries: np.ndarray, k: int = 3, exclude: Exclude | None = None) -> Retrieved:
         """Return the best adapters of vectors ``(B, D)`` that the encoder made; see `top`."""
-        if k < 1:
-            raise ComposeError(f"k must be at least 1, got {k}")
-        scores = self.score_vectors(queries)
-        for row, column in self._excluded(exclude, len(scores)):
-            scores[row, column] = -np.inf
-        indices = top_k(scores, k)
-        best = np.take_along_axis(scores, indices, axis=1)
-        return self._named(np.where(np.isneginf(best), -1, indices), best)
+        found = self._best(queries, k, exclude)
+        if self.scope is None:
+            return found
+        rejected = ~in_scope(self.fitted, self._queries(queries), self.scope)
+        names = tuple(() if out else line for out, line in zip(rejected, found.names, strict=True))
+        indices, scores = found.indices.copy(), found.scores.copy()
+        indices[rejected], scores[rejected] = -1, -np.inf
+        return Retrieved(names, indices, scores, rejected)
 
     def top_for_task(self, texts: Sequence[str], k: int = 3) -> Retrieved:
         """Return the best adapters of one task, known by several of its inputs, as one row.
 
-        The inputs are retrieved by the mean of their vectors; with ``lda`` that is the mean of their scores.
+        The inputs are retrieved by the mean of their vectors; with ``lda`` that is the mean of their scores. None is
+        rejected: thresholds are calibrated on single texts.
+
+        Raises:
+            ComposeError: There are no texts.
         """
         if not len(texts):
             raise ComposeError("a task needs at least one text")
-        return self.top_vectors(self.encoder.encode(texts).mean(axis=0, keepdims=True), k)
+        return self._best(self.encoder.encode(texts).mean(axis=0, keepdims=True), k, None)
 
     def ranker(self, among: Collection[str] | None = None) -> Callable[[Sequence[Example]], list[str]]:
         """Return what ``few_shot_search(..., ranker=...)`` takes: examples of a task -> names, best first.
@@ -165,6 +185,31 @@ class Retriever:
             return [name for name in names if name in allowed]
 
         return rank
+
+    def calibrated(
+        self,
+        inside: Sequence[str],
+        outside: Sequence[str] | None = None,
+        *,
+        keep: float = 0.95,
+        kind: ScopeKind | None = None,
+    ) -> Retriever:
+        """Return a retriever that refuses texts no adapter was trained for.
+
+        Args:
+            inside: Held-out texts of the adapters' tasks; samples the retriever was fitted on would look too close.
+            outside: Texts of no adapter's task. With them the threshold is the one with the largest mean of both
+                rates; without, the share ``keep`` of ``inside`` is kept.
+            keep: In (0, 1]; without ``outside``.
+            kind: See `compose.retriever.scope`; None: ``"relative"`` where the method has moments (``lda``), else
+                ``"score"``.
+
+        Raises:
+            ComposeError: No texts, ``keep`` out of range, or a kind that the method cannot give.
+        """
+        inner = self._queries(self.encoder.encode(inside))
+        outer = None if outside is None else self._queries(self.encoder.encode(outside))
+        return replace(self, scope=calibrate(self.fitted, inner, outer, keep=keep, kind=kind))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the retriever as a folder, whole or not at all; see `compose.retriever.storage`.
@@ -192,6 +237,22 @@ class Retriever:
 
         return load(Path(folder), encoder)
 
+    @cached_property
+    def _index(self) -> AdapterIndex | None:
+        return AdapterIndex.over(self.fitted, self.backend)
+
+    def _best(self, queries: np.ndarray, k: int, exclude: Exclude | None) -> Retrieved:
+        if k < 1:
+            raise ComposeError(f"k must be at least 1, got {k}")
+        rows = self._queries(queries)
+        excluded = self._excluded(exclude, len(rows))
+        if self._index is None:
+            indices, scores = best_adapters(self.fitted.scores(rows), k, excluded)
+        else:
+            indices, scores = self._index.best(rows, k, excluded)
+        names = tuple(tuple(self.names[index] for index in row if index >= 0) for row in indices)
+        return Retrieved(names, indices, scores, np.zeros(len(indices), bool))
+
     def _queries(self, queries: np.ndarray) -> np.ndarray:
         if queries.ndim != 2 or queries.shape[1] != self.encoder.dim:
             raise ComposeError(f"queries must have shape (B, {self.encoder.dim}), got {queries.shape}")
@@ -201,23 +262,17 @@ class Retriever:
         lengths = np.linalg.norm(queries, axis=1, keepdims=True)
         return queries / np.where(lengths > 0, lengths, 1.0)
 
-    def _excluded(self, exclude: Exclude | None, rows: int) -> list[tuple[int, int]]:
+    def _excluded(self, exclude: Exclude | None, rows: int) -> list[list[int]]:
+        """Return the excluded adapters of every row, as indices."""
         if exclude is None:
-            return []
+            return [[] for _ in range(rows)]
         if isinstance(exclude, str) or len(exclude) != rows:
             raise ComposeError(f"exclude must have one entry for each of the {rows} texts, got {len(exclude)}")
         places = {name: index for index, name in enumerate(self.names)}
-        found = []
-        for row, entry in enumerate(exclude):
-            for name in [entry] if isinstance(entry, str) else entry or ():
-                if name not in places:
-                    raise UnknownNameError(unknown_name("adapter to exclude", name, self.names))
-                found.append((row, places[name]))
-        return found
-
-    def _named(self, indices: np.ndarray, scores: np.ndarray) -> Retrieved:
-        names = tuple(tuple(self.names[index] for index in row if index >= 0) for row in indices)
-        return Retrieved(names, indices, scores, np.zeros(len(indices), bool))
+        found = [[entry] if isinstance(entry, str) else sorted(entry or ()) for entry in exclude]
+        for name in {name for entry in found for name in entry} - places.keys():
+            raise UnknownNameError(unknown_name("adapter to exclude", name, self.names))
+        return [[places[name] for name in dict.fromkeys(entry)] for entry in found]
 
 
 def _samples(names: Sequence[str], vectors: np.ndarray, owners: np.ndarray) -> Samples:
@@ -242,8 +297,3 @@ def _method(method: str | Embedding, samples: Samples) -> Embedding:
     if method == "auto":
         method = "lda" if len(samples.counts) > 1 and samples.counts.min() >= LDA_SAMPLES else "mean"
     return ADAPTER_EMBEDDINGS[method]()
-
-
-def with_encoder(retriever: Retriever, encoder: Encoder) -> Retriever:
-    """Return the retriever over an equal encoder, for example on another device."""
-    return replace(retriever, encoder=encoder)

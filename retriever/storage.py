@@ -15,6 +15,7 @@ from compose.files.publish import publish_folder
 from compose.files.strict_json import parse_object
 from compose.retriever.embeddings import ADAPTER_EMBEDDINGS, AdapterVectors, Embedding, Moments
 from compose.retriever.encoders import Encoder
+from compose.retriever.scope import Scope
 
 if TYPE_CHECKING:
     from compose.retriever.retriever import Retriever
@@ -23,7 +24,7 @@ FACTS_FILE = "retriever.json"
 VECTORS_FILE = "vectors.safetensors"
 VERSION = 1
 _MAX_FACTS_BYTES = 256 * 2**20
-_FIELDS = {"version", "encoder", "names", "method", "options", "counts", "unit_queries"}
+_FIELDS = {"version", "encoder", "names", "method", "options", "counts", "unit_queries", "backend", "scope"}
 
 
 def save(retriever: Retriever, folder: Path, *, overwrite: bool) -> Path:
@@ -42,6 +43,8 @@ def save(retriever: Retriever, folder: Path, *, overwrite: bool) -> Path:
         "options": asdict(retriever.method),  # type: ignore[call-overload]
         "counts": np.bincount(fitted.owners).tolist(),
         "unit_queries": fitted.unit_queries,
+        "backend": retriever.backend,
+        "scope": None if retriever.scope is None else asdict(retriever.scope),
     }
     content = json.dumps(facts, ensure_ascii=False, indent=1, allow_nan=False).encode()
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
@@ -57,9 +60,10 @@ def load(folder: Path, encoder: Encoder) -> Retriever:
     try:
         method = ADAPTER_EMBEDDINGS[facts["method"]](**facts["options"])
         fitted = _fitted(folder, facts, encoder.dim)
+        scope = None if facts["scope"] is None else Scope(**facts["scope"])
     except (TypeError, KeyError, ValueError) as error:
         raise AdapterFormatError(f"{folder}: {error}") from error
-    return Retriever(encoder, tuple(facts["names"]), method, fitted)
+    return Retriever(encoder, tuple(facts["names"]), method, fitted, facts["backend"], scope)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

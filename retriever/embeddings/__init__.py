@@ -83,6 +83,16 @@ class AdapterVectors:
             return flat
         return np.maximum.reduceat(flat, self.starts, axis=1)
 
+    def scores_of(self, query: np.ndarray, adapters: np.ndarray) -> np.ndarray:
+        """``(D,)`` and distinct adapters ``(n,)`` -> their scores ``(n,)`` float32, nothing else computed."""
+        ends = np.searchsorted(self.owners, adapters, side="right")
+        starts = np.searchsorted(self.owners, adapters, side="left")
+        best = [
+            float((self.vectors[start:end] @ query + self.bias[start:end]).max())
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        return np.array(best, np.float32)
+
 
 def cosine_vectors(vectors: np.ndarray, owners: np.ndarray) -> AdapterVectors:
     """Return vectors scored by cosine: rows scaled to length 1; a zero row stays zero and scores 0."""
