@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -207,21 +209,23 @@ class EmbeddingRecord:
         size = len(self.vector)
         fine = size % 4 == 0 and 0 < size <= 4 * MAX_VECTOR
         _need(fine, "bytes of a vector", size, f"4 per entry, 1 to {MAX_VECTOR} entries")
+        values = struct.unpack(f"<{size // 4}f", self.vector)
+        fine = math.isfinite(sum(values)) and any(values)
+        _need(fine, "vector", "NaN, an infinity or all zeros", "finite numbers, not all zero, to have a cosine")
 
     @classmethod
     def from_array(
         cls, values: Any, *, encoder_id: str, encoder_sha256: str, kind: str, prompt: str = ""
     ) -> EmbeddingRecord:
-        """Return the record of ``D`` finite numbers that are not all zero.
+        """Return the record of ``D`` numbers.
 
         Raises:
-            HubIndexError: Not one vector, not finite, or all zeros (it has no direction, so no cosine).
+            HubIndexError: Not one vector, not finite, or all zeros.
         """
         import numpy as np
 
         array = np.asarray(values, dtype="<f4")
-        fine = array.ndim == 1 and bool(np.isfinite(array).all()) and bool(array.any())
-        _need(fine, "vector", array.shape, "one vector of finite numbers, not all zero")
+        _need(array.ndim == 1, "shape of a vector", array.shape, "(D,)")
         return cls(
             encoder_id=encoder_id, encoder_sha256=encoder_sha256, kind=kind, prompt=prompt, vector=array.tobytes()
         )
@@ -339,6 +343,34 @@ class AdapterRecord:
         Of a description, which has neither, over its name.
         """
         return content_sha256(self.sha256_weights, self.sha256_config, self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSummary:
+    """The fields of an `AdapterRecord` that lists and results of queries show; reading one touches one row."""
+
+    name: str
+    sha256: str
+    sha256_weights: str
+    sha256_config: str
+    source: str
+    repo_id: str
+    revision: str
+    path: str
+    format: str
+    num_bytes: int
+    base_id: str
+    base_fingerprint: str
+    peft_type: str
+    task_type: str
+    rank_min: int
+    rank_max: int
+    title: str
+    summary: str
+    license: str
+    tags: tuple[str, ...]
+    status: Status
+    reasons: tuple[str, ...]
 
 
 def content_sha256(sha256_weights: str, sha256_config: str, name: str) -> str:
