@@ -1,4 +1,4 @@
-"""JSON without its traps: no duplicate keys, no NaN or Infinity, no unbounded nesting or numbers."""
+"""JSON without its traps: no duplicate keys, no NaN or Infinity, at most 64 levels, no unbounded numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import math
 from typing import Any, NoReturn
 
 from compose.errors import AdapterFormatError
+
+MOST_LEVELS = 64
+_STEP = "fix it, or get the file again"
+_TOO_DEEP = f"JSON nested too deeply; at most {MOST_LEVELS} levels are allowed"
 
 
 def parse_object(data: bytes, where: object) -> dict[str, Any]:
@@ -17,8 +21,8 @@ def parse_object(data: bytes, where: object) -> dict[str, Any]:
         where: What the bytes are, for messages.
 
     Raises:
-        AdapterFormatError: Not UTF-8, not JSON, not an object, a duplicate key, NaN, Infinity or a number beyond
-            float64.
+        AdapterFormatError: Not UTF-8, not JSON, not an object, nested deeper than `MOST_LEVELS`, a duplicate key, NaN,
+            Infinity or a number beyond float64.
     """
     try:
         value = json.loads(
@@ -28,14 +32,29 @@ def parse_object(data: bytes, where: object) -> dict[str, Any]:
             parse_float=_finite_float,
         )
     except UnicodeDecodeError as error:
-        raise AdapterFormatError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise AdapterFormatError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); {_STEP}") from error
     except RecursionError as error:
-        raise AdapterFormatError(f"{where}: JSON nested too deeply") from error
+        raise AdapterFormatError(f"{where}: {_TOO_DEEP}") from error
     except ValueError as error:
-        raise AdapterFormatError(f"{where}: not valid JSON: {error}") from error
+        raise AdapterFormatError(f"{where}: not valid JSON: {error}; {_STEP}") from error
     if not isinstance(value, dict):
         raise AdapterFormatError(f"{where}: must be a JSON object, got {type(value).__name__}")
+    if not _is_shallow(value):
+        raise AdapterFormatError(f"{where}: {_TOO_DEEP}")
     return value
+
+
+def _is_shallow(value: dict[str, Any]) -> bool:
+    """What is nested deeper than Python's stack could be parsed, but neither shown in a message nor written again."""
+    level: list[Any] = [value]
+    for _ in range(MOST_LEVELS):
+        inner: list[Any] = []
+        for item in level:
+            inner.extend(item.values() if type(item) is dict else item)
+        level = [item for item in inner if type(item) is dict or type(item) is list]
+        if not level:
+            return True
+    return False
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

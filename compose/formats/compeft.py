@@ -21,6 +21,7 @@ from compose.files.strict_json import parse_object
 from compose.formats import FORMATS, compeft_file
 from compose.formats.compeft_ternary import Alpha, Scope, Ternarized, ternarize
 from compose.formats.header import AdapterHeader, check_name
+from compose.formats.magnitudes import check_updates
 from compose.formats.peft import CONFIG_NAME as PEFT_CONFIG
 from compose.formats.peft import WEIGHTS_NAME as PEFT_WEIGHTS
 from compose.formats.peft import adapter_files, resolve_targets
@@ -80,13 +81,15 @@ def read_compeft(folder: str | Path, *, name: str | None = None, expected: Adapt
     header = inspect_compeft(folder, name=name) if expected is None else expected
     content = compeft_file.load(Path(folder) / WEIGHTS_NAME, fingerprint=header.fingerprint)
     tensors = content.tensors
+    targets = {
+        path: LowRank(tensors[target.a_key], tensors[target.b_key], target.scaling, target.kind)
+        for path, target in header.targets.items()
+    }
+    check_updates(targets, Path(folder) / WEIGHTS_NAME)
     return Adapter(
         name=header.name if name is None else check_name(name, folder),
         base=header.base,
-        targets={
-            path: LowRank(tensors[target.a_key], tensors[target.b_key], target.scaling, target.kind)
-            for path, target in header.targets.items()
-        },
+        targets=targets,
         config=header.config,
         full_modules={path: tensors[full.key] for path, full in header.full_modules.items()},
         sha256=content.sha256,

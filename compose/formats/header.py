@@ -13,6 +13,9 @@ import torch
 from compose.adapter import Adapter, TargetKind
 from compose.errors import AdapterFormatError
 
+SAVE_AGAIN = "save the adapter again, or correct its configuration"
+"""What to do about a configuration and tensors that do not belong together."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _DIGITS = re.compile(r"(\d+)")
 

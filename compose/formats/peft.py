@@ -21,6 +21,7 @@ from compose.files.publish import publish_folder
 from compose.files.strict_json import parse_object
 from compose.formats import FORMATS, discover
 from compose.formats.header import (
+    SAVE_AGAIN,
     AdapterHeader,
     FullTensorHeader,
     TargetHeader,
@@ -28,6 +29,7 @@ from compose.formats.header import (
     join_problems,
     natural_key,
 )
+from compose.formats.magnitudes import check_updates
 from compose.formats.peft_config import LoraConfig, check_full_modules, check_targets, check_work, parse_config
 from compose.formats.peft_folder import (
     CONFIG_NAME,
@@ -93,20 +95,23 @@ def read_adapter(folder: str | Path, *, name: str | None = None, expected: Adapt
             header differs is refused.
 
     Raises:
-        AdapterFormatError: As `inspect_adapter`, and for values that are not finite.
+        AdapterFormatError: As `inspect_adapter`, and for values that are not finite, or give an update that is not.
     """
     header = inspect_adapter(folder, name=name) if expected is None else expected
     if is_other_kind(header):
         return read_kind(Path(folder), header, header.name if name is None else check_name(name, folder))
     content = files.load(weights_path(Path(folder)), fingerprint=header.fingerprint)
     tensors = content.tensors
+    targets = {
+        path: LowRank(tensors[target.a_key], tensors[target.b_key], target.scaling, target.kind)
+        for path, target in header.targets.items()
+    }
+    if not content.moderate:
+        check_updates(targets, weights_path(Path(folder)))
     return Adapter(
         name=header.name if name is None else check_name(name, folder),
         base=header.base,
-        targets={
-            path: LowRank(tensors[target.a_key], tensors[target.b_key], target.scaling, target.kind)
-            for path, target in header.targets.items()
-        },
+        targets=targets,
         config=header.config,
         full_modules={path: tensors[full.key] for path, full in header.full_modules.items()},
         sha256=content.sha256,
@@ -219,7 +224,7 @@ def _resolve(
     problems += check_targets(parsed, list(keys.pairs)) + check_full_modules(parsed, list(full))
     problems += check_leftovers(parsed, keys.full, embeddings)
     if problems:
-        raise AdapterFormatError(join_problems(problems))
+        raise AdapterFormatError(f"{join_problems(problems)}; {SAVE_AGAIN}")
     return MappingProxyType(targets), MappingProxyType(full)
 
 

@@ -78,7 +78,9 @@ class _AdaLora:
             )
         scaling = (alpha if alpha > 0 else full) / (full + 1e-5)
         if not abs(scaling) <= MAX_SCALING:
-            raise AdapterFormatError(f"target {path}: scaling {scaling:g} is beyond the limit of {MAX_SCALING:g}")
+            raise AdapterFormatError(
+                f"target {path}: scaling {scaling:g} is beyond the limit of {MAX_SCALING:g}; correct lora_alpha"
+            )
         dtype = factor_dtype(a, b, e)
         factors = partial(_factors, a, b, e, dtype)
         return KindTarget("linear", rank, a.shape[1], b.shape[0], scaling, dtype, factors)

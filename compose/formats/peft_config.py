@@ -19,8 +19,9 @@ from compose.formats.peft_refusals import refuse_variants
 
 MAX_RANK = 65_536
 MAX_SCALING = 1e4
-MAX_COMPARISONS = 20_000_000
-"""Keys of a pattern times names they are compared with; real adapters stay far below."""
+MAX_TEXT = 4096
+MAX_COMPARISONS = 2_500_000
+"""Keys of a pattern times names they are compared with: under a second, and a key per module for 1,500 modules."""
 
 _REGEX_CHARACTERS = frozenset("*+?[]{}()|^$")
 _SEQUENCE_CLASSIFIERS = frozenset({"classifier", "score"})
@@ -126,7 +127,9 @@ class LoraConfig:
             )
         scaling = alphas[0] / (math.sqrt(rank) if self.rslora else rank)
         if not abs(scaling) <= MAX_SCALING:
-            raise AdapterFormatError(f"target {path}: scaling {scaling:g} is beyond the limit of {MAX_SCALING:g}")
+            raise AdapterFormatError(
+                f"target {path}: scaling {scaling:g} is beyond the limit of {MAX_SCALING:g}; correct alpha"
+            )
         return scaling
 
 
@@ -220,7 +223,7 @@ def check_work(config: LoraConfig, targets: int, full: int) -> None:
         if len(entries) * count > MAX_COMPARISONS:
             raise AdapterFormatError(
                 f"{field} has {len(entries):,} entries for {count:,} tensors or targets; more than "
-                f"{MAX_COMPARISONS:,} comparisons are refused"
+                f"{MAX_COMPARISONS:,} comparisons are refused; use shorter lists"
             )
 
 
@@ -332,6 +335,8 @@ class _Fields:
         if value is not None and not isinstance(value, str):
             self._wrong(key, value, "a string or null")
             return ""
+        if value and (len(value) > MAX_TEXT or not value.isprintable()):
+            self._wrong(key, value, f"at most {MAX_TEXT} printable characters")
         return value or ""
 
     def flag(self, key: str) -> bool:

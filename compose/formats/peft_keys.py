@@ -90,7 +90,7 @@ def parse_keys(names: Iterable[str]) -> ParsedKeys:
             problems.append(problem)
     problems += _several(infixes)
     problems += [
-        f"{pair.a or pair.b} has no matching {'B' if pair.a else 'A'} tensor"
+        f"{pair.a or pair.b} has no matching {'B' if pair.a else 'A'} tensor; save the adapter again"
         for pair in parsed.pairs.values()
         if not (pair.a and pair.b)
     ]

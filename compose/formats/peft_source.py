@@ -14,7 +14,15 @@ from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError
 from compose.files import safetensors_file as files
 from compose.files.strict_json import parse_object
-from compose.formats.header import AdapterHeader, FullTensorHeader, TargetHeader, join_problems, natural_key
+from compose.formats.header import (
+    SAVE_AGAIN,
+    AdapterHeader,
+    FullTensorHeader,
+    TargetHeader,
+    join_problems,
+    natural_key,
+)
+from compose.formats.magnitudes import check_updates
 from compose.formats.peft_config import LoraConfig, check_full_modules, check_targets, check_work
 from compose.formats.peft_folder import ConfigFile, read_config, weights_path
 from compose.formats.peft_keys import check_leftovers, parse_parts
@@ -196,6 +204,7 @@ def read_kind(folder: Path, header: AdapterHeader, name: str) -> Adapter:
         targets[module] = LowRank(a.contiguous(), b.contiguous(), target.scaling, target.kind)
     files.check_finite({module: one.a for module, one in targets.items()}, path)
     files.check_finite({module: one.b for module, one in targets.items()}, path)
+    check_updates(targets, path)
     return Adapter(
         name=name,
         base=header.base,
@@ -250,7 +259,7 @@ def _resolve(
     if parts and targets and all(target.factors and not target.rank for target in targets.values()):
         problems.append("every target is pruned to rank 0; the adapter changes nothing")
     if problems:
-        raise AdapterFormatError(f"{prefix}: {join_problems(list(dict.fromkeys(problems)))}")
+        raise AdapterFormatError(f"{prefix}: {join_problems(list(dict.fromkeys(problems)))}; {SAVE_AGAIN}")
     return targets, full
 
 

@@ -16,6 +16,8 @@ BAD = {
     "empty": (b"", "not valid JSON"),
     "trailing": (b"{} {}", "not valid JSON"),
     "deep": (b'{"a":' + b"[" * 100_000, "nested too deeply|not valid JSON"),
+    "65 levels": (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "at most 64 levels"),
+    "65 levels of both": (b'{"a":[' * 33 + b"]}" * 33, "at most 64 levels"),
     "latin-1": (b'{"a": "\xe9"}', "not UTF-8 text"),
     "surrogate": (b'{"a": "\xed\xa0\x80"}', "not UTF-8 text"),
 }
@@ -33,3 +35,10 @@ def test_plain_json_is_parsed():
         "a": [1, 2.5, None, True],
         "b": {"c": "d"},
     }
+
+
+def test_64_levels_are_read():
+    value = parse_object(b'{"a":' + b"[" * 63 + b"]" * 63 + b"}", "here")
+    for _ in range(63):
+        value = value["a"] if isinstance(value, dict) else value[0]
+    assert value == []
