@@ -16,6 +16,22 @@ from compose.hub_index.records import AdapterRecord
 _OLD_SECONDS = 3600.0
 
 
+class NamesTakenError(DuplicateNameError):
+    """Other adapters have names that records came with.
+
+    Attributes:
+        names: Which.
+    """
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self.names = tuple(names)
+        shown = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        super().__init__(
+            f"{path}: other adapters are named {shown}; nothing was added. Give other names, remove those adapters, "
+            "or pass replace=True"
+        )
+
+
 class Added(NamedTuple):
     """What became of a record.
 
@@ -50,11 +66,7 @@ def add_all(
         else:
             done.append(one)
     if taken:
-        shown = ", ".join(map(repr, taken[:10])) + (f" and {len(taken) - 10} more" if len(taken) > 10 else "")
-        raise DuplicateNameError(
-            f"{path}: other adapters are named {shown}; nothing was added. Give other names, remove those adapters, "
-            "or pass replace=True"
-        )
+        raise NamesTakenError(path, taken)
     return tuple(done)
 
 

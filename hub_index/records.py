@@ -463,6 +463,8 @@ def is_text(value: Any, most: int) -> bool:
 
 
 def _mapping_problem(value: Any, *, numbers: bool) -> str:
+    if not isinstance(value, Mapping):
+        return "a mapping"
     try:
         size = len(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError, RecursionError):

@@ -374,8 +374,8 @@ class Index:
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise HubIndexError(
-                f"{self.path}: opened before this process was forked off, and using it here would damage the file; open "
-                "the index anew in this process"
+                f"{self.path}: opened before this process was forked off; used here it would damage the file. Open the "
+                "index anew in this process"
             )
 
     def _need_row(self, connection: sqlite3.Connection, name: str) -> int:

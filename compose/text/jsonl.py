@@ -30,14 +30,19 @@ class BadLineError(Exception):
 
 
 def read_jsonl(
-    files: Sequence[Path], parse: Callable[[Mapping[str, Any], Line], T], *, fields: str = "'input' and 'output'"
+    files: Sequence[Path],
+    parse: Callable[[Mapping[str, Any], Line], T],
+    *,
+    fields: str = "'input' and 'output'",
+    max_bytes: int = MAX_FILE_BYTES,
 ) -> list[T]:
     """Return ``parse(record, line)`` of every line that is not blank, file by file.
 
     Args:
-        files: At most `MAX_FILE_BYTES` together.
+        files: At most ``max_bytes`` together.
         parse: Raises `BadLineError` for a record that cannot be.
         fields: What a line needs, for the message about a file without lines.
+        max_bytes: The limit on their size.
 
     Raises:
         ExamplesError: A file is missing, too large or empty; or lines are bad, all named with file and number.
@@ -45,9 +50,9 @@ def read_jsonl(
     absent = [file for file in files if not file.is_file()]
     raise_problems([f"{file}: no such file; give a JSONL file with one example per line" for file in absent])
     size = sum(file.stat().st_size for file in files)
-    if size > MAX_FILE_BYTES:
+    if size > max_bytes:
         more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
-        raise ExamplesError(f"{files[0]}{more}: {size} bytes, at most {MAX_FILE_BYTES}; pass a smaller sample")
+        raise ExamplesError(f"{files[0]}{more}: {size} bytes, at most {max_bytes}; pass a smaller sample")
     found: list[T] = []
     problems: list[str] = []
     for file in files:
