@@ -1,0 +1,115 @@
+"""Adapters of the Hugging Face Hub: the adapter's files of one commit, through the cache of huggingface_hub.
+
+Only files that an adapter is made of are asked for, so a whole model is never downloaded by mistake. What a branch
+points to changes: the record keeps the commit, which is the name of the snapshot's folder.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from compose.errors import BackendUnavailableError, HubIndexError
+from compose.files.safetensors_file import MAX_FILE_BYTES
+from compose.formats.peft_folder import CONFIG_NAME, LEGACY_NAME, WEIGHTS_NAME
+
+_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
+PATTERNS = (
+    f"*{CONFIG_NAME}",
+    f"*{WEIGHTS_NAME}",
+    "*compeft_config.json",
+    "*adapter_model.compeft.safetensors",
+    "*README.md",
+    "*.eval_results/*.yaml",
+    "*merge.json",
+    "*report.json",
+)
+
+
+class RepoId(NamedTuple):
+    """A repository and a revision of it; ``""``: its main branch."""
+
+    repo_id: str
+    revision: str
+
+
+def parse_repo(text: str) -> RepoId | None:
+    """Return ``owner/name`` or ``owner/name@revision``, also after ``hf:``; None for anything else."""
+    name, _, revision = text.removeprefix("hf:").partition("@")
+    fine = _REPO.fullmatch(name) and ".." not in name and "--" not in name and len(name) <= 193
+    if not fine or (revision and (not _REVISION.fullmatch(revision) or ".." in revision)):
+        return None
+    return RepoId(name, revision)
+
+
+def fetch(repo: RepoId, *, allow_pickle: bool = False, cache: Path | None = None) -> Path:
+    """Return the snapshot's folder in the cache, downloading what is missing unless ``HF_HUB_OFFLINE`` is set.
+
+    Args:
+        repo: Which.
+        allow_pickle: Also fetch ``adapter_model.bin``.
+        cache: The cache's folder; huggingface_hub's own by default.
+
+    Raises:
+        HubIndexError: No such repository, revision or adapter in it; no access; a file that is too large; or offline
+            and not in the cache.
+        BackendUnavailableError: huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise BackendUnavailableError("repositories need huggingface_hub. Run: pip install huggingface_hub") from None
+    patterns = [*PATTERNS, *([f"*{LEGACY_NAME}"] if allow_pickle else [])]
+    wanted = {"repo_id": repo.repo_id, "revision": repo.revision or None, "cache_dir": cache}
+    try:
+        _refuse_large(repo, patterns, cache)
+        return Path(snapshot_download(**wanted, allow_patterns=patterns))  # type: ignore[arg-type]
+    except LocalEntryNotFoundError as error:
+        raise HubIndexError(_offline(repo, error)) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        message = f"{_label(repo)}: {_first_line(error)}; check name and revision, or run: hf auth login"
+        raise HubIndexError(message) from None
+
+
+def _refuse_large(repo: RepoId, patterns: list[str], cache: Path | None) -> None:
+    """Refuse a repository with a file that would not be read anyway, before it is downloaded; offline nothing is."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        listed = snapshot_download(
+            repo.repo_id, revision=repo.revision or None, cache_dir=cache, allow_patterns=patterns, dry_run=True
+        )
+    except DryRunError:  # not reachable: what the cache has will do
+        return
+    large = [one for one in listed if one.file_size is not None and one.file_size > MAX_FILE_BYTES]
+    if large:
+        raise HubIndexError(
+            f"{_label(repo)}: {large[0].filename} has {large[0].file_size:,} bytes, more than the limit of "
+            f"{MAX_FILE_BYTES:,}; nothing was downloaded"
+        )
+
+
+def _offline(repo: RepoId, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"{_label(repo)}: not in the cache of Hugging Face, and HF_HUB_OFFLINE is set. Where there is a network, "
+            f"run: hf download {repo.repo_id}; or unset HF_HUB_OFFLINE"
+        )
+    return f"{_label(repo)}: {_first_line(error)}; check the network"
+
+
+def _label(repo: RepoId) -> str:
+    return f"{repo.repo_id}@{repo.revision}" if repo.revision else repo.repo_id
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
