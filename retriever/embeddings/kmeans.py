@@ -1,4 +1,4 @@
-"""``kmeans``: a few centroids per adapter; the closest one decides: CoLoR's prototypes (arXiv:2311.17601)."""
+"""``kmeans``: a few centroids per adapter, by cosine; the closest one decides."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from compose.retriever.embeddings import ADAPTER_EMBEDDINGS, AdapterVectors, Rea
 class KMeans:
     """``max_j q . c_j / |c_j|`` over the centroids of scikit-learn's k-means, run per adapter.
 
-    CoLoR takes 5 prototypes of the image features of a domain and the Euclidean distance to them; here features are
-    unit vectors of texts and closeness is the cosine. An adapter with fewer distinct samples than ``centroids`` keeps
+    The cosine form of CoLoR's prototypes (arXiv:2311.17601), whose distance is Euclidean: that is ``color``. An adapter with fewer distinct samples than ``centroids`` keeps
     each of them.
 
     Attributes:
