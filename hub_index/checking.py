@@ -11,8 +11,12 @@ from compose.hub_index import rows
 _MOST = 20
 
 
-def problems_of(connection: sqlite3.Connection) -> list[str]:
+def problems_of(connection: sqlite3.Connection, *, records: bool = True) -> list[str]:
     """Return what is wrong in the file, ``[]`` where nothing is; the caller holds a transaction.
+
+    Args:
+        connection: In a transaction.
+        records: Also read every record.
 
     Raises:
         HubIndexError: It is so damaged that it cannot be read to the end.
@@ -21,7 +25,7 @@ def problems_of(connection: sqlite3.Connection) -> list[str]:
     problems = [] if found == ["ok"] else found
     strays = connection.execute("PRAGMA foreign_key_check").fetchall()
     problems += [f"a row of {table} belongs to no adapter" for table, *_ in strays[:_MOST]]
-    known = connection.execute("SELECT id, sha256 FROM adapter").fetchall()
+    known = connection.execute("SELECT id, sha256 FROM adapter").fetchall() if records else []
     for row, sha256 in known:
         problems += _record_problems(connection, row, sha256)
     return problems

@@ -343,10 +343,14 @@ class Index:
             counts = {status: statuses.get(status, 0) for status in STATUSES}
             return Info(len(schema.STEPS), size, counts, dict(bases), tuple(vectors.encoders(connection)))
 
-    def check(self) -> list[str]:
-        """Read everything and return what is wrong: pages, references, text index, and every record."""
+    def check(self, *, records: bool = True) -> list[str]:
+        """Read everything and return what is wrong, ``[]`` where nothing is.
+
+        Pages, references, the text index (not where the index is opened read-only) and, with ``records``, that every
+        row is a record. The adapters' own files are not looked at.
+        """
         with self._reading() as connection:
-            problems = checking.problems_of(connection)
+            problems = checking.problems_of(connection, records=records)
         if not self.readonly:
             with self._writing() as connection:
                 problems += checking.text_problems(connection)
@@ -374,8 +378,8 @@ class Index:
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise HubIndexError(
-                f"{self.path}: opened before this process was forked off; used here it would damage the file. Open the "
-                "index anew in this process"
+                f"{self.path}: opened before this process was forked off; used here it would damage the file. Open "
+                "the index anew in this process"
             )
 
     def _need_row(self, connection: sqlite3.Connection, name: str) -> int:
