@@ -176,6 +176,10 @@ def demo_records(group: str, count: int, split: Any) -> list[MixedExample]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print one table per length of training; the references, which train nothing, stand in each."""
+    from router_contenders import CONTENDERS
+
+    order = {name: place for place, name in enumerate((REFERENCES, *CONTENDERS))}
+    rows = sorted(rows, key=lambda row: (order[row["job"]], row["job_seed"]))
     free = [row for row in rows if row["job"] == REFERENCES]
     settings = dict.fromkeys((row["steps"], row["batch"]) for row in rows if row["job"] != REFERENCES)
     for steps, batch in settings or {(0, 0): None}:
