@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 
 from compose.errors import AdapterFormatError, IncompatibleError
 from compose.files.safetensors_file import DTYPES, read_bytes
+from compose.formats.peft_keys import EMBEDDING_NAMES
 from compose.hub_index.audit.raw_header import RawHeader, RawTensor, read_raw_header, read_tensor_bytes
 
 _MAX_JSON_BYTES = 64 * 2**20
@@ -54,11 +55,14 @@ class BaseModel:
         name: As it was given.
         model_type: Of its configuration, ``""`` when unknown.
         layers: Module path in the checkpoint -> its weight; matrices only.
+        local: Whether the name is that of a folder, which says nothing of whose model it is.
     """
 
     name: str
     model_type: str
     layers: Mapping[str, BaseLayer]
+    local: bool = True
+    _norms: dict[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path_or_id: str | Path) -> BaseModel:
@@ -79,7 +83,16 @@ class BaseModel:
                 if len(tensor.shape) == 2 and tensor.name.endswith(".weight") and tensor.dtype in DTYPES:
                     out, wide = tensor.shape[::-1] if kind in _CONV1D_MODELS and _is_conv1d(tensor) else tensor.shape
                     layers[tensor.name.removesuffix(".weight")] = BaseLayer(out, wide, file, header, tensor)
-        return cls(str(path_or_id), kind if isinstance(kind, str) else "", layers)
+        return cls(str(path_or_id), kind if isinstance(kind, str) else "", layers, Path(path_or_id).is_dir())
+
+    def norm(self, module: str) -> float | None:
+        """Return the Frobenius norm of the weight that a module path means; None when the model has none."""
+        layer = self.find(module)
+        if layer is None:
+            return None
+        if module not in self._norms:
+            self._norms[module] = layer.norm()
+        return self._norms[module]
 
     def find(self, module: str) -> BaseLayer | None:
         """Return the layer an adapter's module path means; None when the model has none.
@@ -98,7 +111,9 @@ class BaseModel:
         if len(longer) == 1:
             return self.layers[longer[0]]
         if segments[-1] in _TIED_OUTPUTS:
-            return next((self.layers[path] for path in self.layers if path.endswith(("embed_tokens", "wte"))), None)
+            return next(
+                (self.layers[path] for path in self.layers if path.rpartition(".")[2] in EMBEDDING_NAMES), None
+            )
         return None
 
 

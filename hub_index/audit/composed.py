@@ -1,10 +1,10 @@
 """Audit of a composed delta ``sum_i w_i s_i B_i A_i``: adapters that collude pass one by one and show in the sum.
 
-The statistics of single adapters are taken of the sum, through its concatenated factors, and two more per target: the
+The statistics of single adapters are taken of the sum, through its joined factors, and two more per target: the
 *gain* ``|sum|^2 / sum_i |w_i delta_i|^2`` (1 where the members are orthogonal, up to their number where they push the
-same way) and the *ratio* ``|sum| / max_i |w_i delta_i|``. They are compared with compositions of siblings: every member
-is replaced by one drawn from its own group, under the same coefficients. The draws share members, so they are fewer
-independent cases than their number. Only outputs-mixed compositions are meant; mixing parameters has cross terms.
+same way) and the *ratio* ``|sum| / max_i |w_i delta_i|``. They are compared with compositions of siblings: every
+member is replaced by one drawn from its own group, under the same coefficients. The draws share members, so they are
+fewer independent cases than their number. Only compositions of outputs are meant; mixing parameters has cross terms.
 
 Letters: ``N`` members, ``M`` targets, ``F`` features.
 """
@@ -76,6 +76,11 @@ class LayerNorms(NamedTuple):
     norm: float
     largest: float
     member: str
+
+    @property
+    def ratio(self) -> float | None:
+        """``norm / largest``, None where every member is 0."""
+        return self.norm / self.largest if self.largest > 0 else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,9 +4,9 @@ The inner product of two deltas needs no ``(O, I)`` matrix and does not depend o
 
     <B A, B' A'> = tr(A^T B^T B' A') = sum over (R, R') of (B^T B') * (A A'^T).
 
-Which pairs are worth it: target by target ``<D, D'> <= |D| |D'|`` (Cauchy-Schwarz), so the cosine of two adapters is at
-most the cosine of the vectors of their targets' norms, which statistics already hold. Factors are read only of pairs
-that pass this. Letters: ``N`` adapters, ``M`` targets.
+Which pairs are worth it: target by target ``<D, D'> <= |D| |D'|`` (Cauchy-Schwarz), so the cosine of two adapters is
+at most the cosine of the vectors of their targets' norms, which statistics already hold. Factors are read only of
+pairs that pass this. Letters: ``N`` adapters, ``M`` targets.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def delta_cosine(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> fl
     """
     common = [path for path in one if path in other and _fit(one[path], other[path])]
     product = sum(inner_product(one[path], other[path]) for path in common)
-    sizes = [
-        math.sqrt(sum(max(inner_product(update, update), 0.0) for update in side.values())) for side in (one, other)
-    ]
+    sizes = [math.sqrt(sum(update.norm() ** 2 for update in side.values())) for side in (one, other)]
     return product / (sizes[0] * sizes[1]) if sizes[0] > 0 and sizes[1] > 0 else 0.0
 
 

@@ -118,11 +118,9 @@ class Evidence:
     def readable(self, name: str) -> Path | None:
         """Return the path of a regular file that does not lead out of the folder; None for anything else."""
         fact = self.entries.get(name)
-        return (
-            self.folder / name
-            if self.folder is not None and fact is not None and fact.kind == "file" and fact.inside
-            else None
-        )
+        if self.folder is None or fact is None or fact.kind != "file" or not fact.inside:
+            return None
+        return self.folder / name
 
     @cached_property
     def weights(self) -> Path | None:

@@ -255,7 +255,7 @@ class Reference:
         return sorted(others, key=lambda one: one.identity)[:MOST]
 
     def compare(self, member: Member) -> list[Outlier]:
-        """Return the summaries of an adapter among its siblings, largest score first; empty below `FEWEST` siblings."""
+        """Return the summaries of an adapter among its siblings, largest score first; none below `FEWEST` siblings."""
         if len(self.siblings(member)) < FEWEST:
             return []
         chosen = sorted(self._groups[member.key], key=lambda one: one.identity)[: MOST + 1]

@@ -136,9 +136,7 @@ class AuditReport:
             "state": "compared" if found.draws else "no reference",
             "draws": found.draws,
             "findings": [_finding(one) for one in self.composed_findings],
-            "layers": [
-                {**one._asdict(), "ratio": one.norm / one.largest if one.largest else None} for one in found.layers
-            ],
+            "layers": [{**one._asdict(), "ratio": one.ratio} for one in found.layers],
             "outliers": [one._asdict() for one in found.outliers],
             "statistics": {
                 module: {**asdict(one.whole), "sigma1": one.whole.sigma1, "gain": one.gain, "ratio": one.ratio}

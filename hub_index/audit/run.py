@@ -120,8 +120,9 @@ def audit_composition(
     known = {one.name: one for one in everyone}
     if unknown := [name for name in coefficients if name not in known]:
         raise UnknownNameError(unknown_name("adapter", unknown[0], known))
-    looked = {one.name: _look(_in_memory(one, base, fingerprint)) for one in everyone}
-    members = [one.member for one in looked.values() if one.member is not None]
+    looked = {name: _look(_in_memory(known[name], base, fingerprint)) for name in coefficients}
+    members = [Member.of(one) for one in everyone if one.name not in coefficients]
+    members += [one.member for one in looked.values() if one.member is not None]
     company = _company(members, index, reference)
     found = describe_composition(
         [known[name] for name in coefficients],
@@ -259,9 +260,9 @@ def _composed_findings(found: Composition, base: BaseModel | None) -> list[Audit
             text = _outlier_text(one, f"{found.draws} compositions of siblings")
             findings.append(finding(f"composed.{one.feature}", severity, text, one.module))
     for module, one in found.statistics.items():
-        layer = base.find(module) if base is not None else None
-        if layer is not None and one.whole.fro > layer.norm():
-            text = f"{module}: |sum| {one.whole.fro:.3g} is more than |weight| {layer.norm():.3g}"
+        weight = base.norm(module) if base is not None else None
+        if weight is not None and one.whole.fro > weight:
+            text = f"{module}: |sum| {one.whole.fro:.3g} is more than |weight| {weight:.3g}"
             findings.append(finding("composed.base-norm", "medium", text, module))
         if one.whole.num_nonfinite:
             findings.append(finding("composed.overflow", "critical", f"{module}: the sum is beyond float64", module))

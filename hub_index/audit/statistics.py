@@ -2,8 +2,8 @@ r"""Statistics of one target's delta from its factors: spectrum, norm and kurtos
 
 Letters: ``O`` output width, ``I`` input width, ``R`` rank, ``M`` targets.
 
-The spectrum is that of an ``(R, R)`` matrix between two QR decompositions, exact. The five numbers are those of "Weight
-space Detection of Backdoors in LoRA Adapters" (arXiv:2602.15195), which takes them of dense deltas.
+The spectrum is that of an ``(R, R)`` matrix between two QR decompositions, exact. The five numbers are those of
+"Weight space Detection of Backdoors in LoRA Adapters" (arXiv:2602.15195), which takes them of dense deltas.
 
 Kurtosis. With ``delta[o, i] = sum_r b[o, r] a[r, i]`` the k-th raw moment of the entries is
 

@@ -49,7 +49,7 @@ def no_layer_is_left_out(evidence: Evidence) -> Iterator[Remark]:
 def base_has_the_name(evidence: Evidence) -> Iterator[Remark]:
     """The configuration names another base model than the one given."""
     named = (evidence.config or {}).get("base_model_name_or_path")
-    if evidence.base is not None and isinstance(named, str) and named:
+    if evidence.base is not None and not evidence.base.local and isinstance(named, str) and named:
         given = evidence.base.name.rstrip("/").rpartition("/")[2]
         if named.rstrip("/").rpartition("/")[2].lower() != given.lower():
             yield Remark(f"the configuration says {named!r:.200}, the base model given is {evidence.base.name!r:.200}")
@@ -61,9 +61,9 @@ def update_is_smaller_than_the_weight(evidence: Evidence) -> Iterator[Remark]:
     if evidence.base is None or not isinstance(evidence.adapter, Adapter):
         return
     for module, update in evidence.adapter.targets.items():
-        layer = evidence.base.find(module)
-        if layer is not None and layer.norm() < update.norm():
-            yield Remark(f"{module}: |update| {update.norm():.3g} is more than |weight| {layer.norm():.3g}", module)
+        weight = evidence.base.norm(module)
+        if weight is not None and weight < update.norm():
+            yield Remark(f"{module}: |update| {update.norm():.3g} is more than |weight| {weight:.3g}", module)
 
 
 def _shapes(evidence: Evidence) -> dict[str, tuple[int, int]]:

@@ -98,7 +98,7 @@ def names_no_code(evidence: Evidence) -> Iterator[Remark]:
 
 @rule("config.pattern", "high")
 def patterns_end(evidence: Evidence) -> Iterator[Remark]:
-    """A regular expression with a repeated group inside a repeated group can run for ever in PEFT; none is run here."""
+    """A regular expression that repeats a repeated group can run for ever in PEFT; here none is ever run."""
     config = evidence.config or {}
     texts = [(key, config.get(key)) for key in ("target_modules", "exclude_modules", "layers_pattern")]
     for key in ("rank_pattern", "alpha_pattern"):

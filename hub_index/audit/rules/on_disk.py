@@ -62,9 +62,7 @@ def sizes_are_bounded(evidence: Evidence) -> Iterator[Remark]:
 def weights_are_not_only_pickled(evidence: Evidence) -> Iterator[Remark]:
     """The weights are there only as a pickle, which can run code."""
     if WEIGHTS_NAME not in evidence.entries and LEGACY_NAME in evidence.entries:
-        yield Remark(
-            f"{LEGACY_NAME} can run code when it is loaded and is not read; convert it to safetensors where you trust it"
-        )
+        yield Remark(f"{LEGACY_NAME} can run code when it is loaded and is not read; convert it if you trust it")
 
 
 @rule("files.pickle-beside", "medium")

@@ -26,6 +26,15 @@ def values_are_finite(evidence: Evidence) -> Iterator[Remark]:
             yield Remark(f"{name}: {bad:,} of {tensor.numel():,} values are not finite", factor[0] if factor else "")
 
 
+@rule("values.changed", "critical", hard=True)
+def weights_are_those_of_the_index(evidence: Evidence) -> Iterator[Remark]:
+    """The weight file is not the one that the index knows under this name."""
+    if evidence.record is not None and isinstance(evidence.adapter, Adapter):
+        known, found = evidence.record.sha256_weights, evidence.adapter.sha256
+        if known and known != found:
+            yield Remark(f"sha256 is {found[:12]}, the index has {known[:12]}; add it again or restore the file")
+
+
 @rule("values.overflow", "high")
 def delta_fits_half_precision(evidence: Evidence) -> Iterator[Remark]:
     """Entries of the update can overflow float16: factors of wild magnitude."""
