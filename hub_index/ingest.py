@@ -203,7 +203,7 @@ def examine(
     refuse_foreign(folder, root)
     evidence = Evidence(folder, name, base=options.base, full_modules=options.full_modules)
     found = run_rules(evidence)
-    _refuse_hard(folder, [one for one in found if is_hard(one) and one.rule != "config.refused"])
+    _refuse_hard(evidence, [one for one in found if is_hard(one) and one.rule != "config.refused"])
     read = _read(evidence)
     _check_base(folder, options.base, read.modules)
     findings += [one for one in found if one.rule != "config.refused"]
@@ -240,13 +240,23 @@ def _read(evidence: Evidence) -> _Files:
     assert evidence.folder is not None  # noqa: S101 - made with one
     header, adapter = evidence.strict, evidence.adapter
     if isinstance(header, str):
-        kind = describe_kind(evidence.folder) if (evidence.folder / CONFIG_NAME).exists() else None
+        kind = describe_or_none(evidence.folder)
         if kind is None or not kind.next_step:
             raise AdapterRejectedError("format", header)
         return _read_kind(evidence.folder, kind)
     if isinstance(adapter, str):
         raise AdapterRejectedError("format", adapter)
     return _read_adapter(header, adapter)
+
+
+def describe_or_none(folder: Path | None) -> KindHeader | None:
+    """Return what is known of an adapter of another kind than plain LoRA; None where it is none, or damaged."""
+    if folder is None or not (folder / CONFIG_NAME).exists():
+        return None
+    try:
+        return describe_kind(folder)
+    except AdapterFormatError:
+        return None
 
 
 def _read_adapter(header: AdapterHeader, adapter: Adapter) -> _Files:
@@ -292,11 +302,15 @@ def _source_config(header: AdapterHeader) -> Any:
     return parse_object(header.config_text.encode(), header.folder)
 
 
-def _refuse_hard(folder: Path, hard: list[AuditFinding]) -> None:
-    """Raise where there are hard findings: the first one's rule is the code, the message has them all."""
-    if hard:
-        told = "; ".join(one.detail for one in hard[:5]) + (f"; and {len(hard) - 5} more" if len(hard) > 5 else "")
-        raise AdapterRejectedError(hard[0].rule, f"{folder}: {told}{_remedy(hard[0].rule)}")
+def _refuse_hard(evidence: Evidence, hard: list[AuditFinding]) -> None:
+    """Raise where there are hard findings: the first one's rule is the code; the reader's own words go before all."""
+    if not hard:
+        return
+    told = "; ".join(one.detail for one in hard[:5]) + (f"; and {len(hard) - 5} more" if len(hard) > 5 else "")
+    kind = describe_or_none(evidence.folder)
+    if isinstance(evidence.strict, str) and kind is None:
+        raise AdapterRejectedError(hard[0].rule, evidence.strict)
+    raise AdapterRejectedError(hard[0].rule, f"{evidence.folder}: {told}{_remedy(hard[0].rule)}")
 
 
 def _check_base(folder: Path, base: BaseModel | None, modules: tuple[ModuleRecord, ...]) -> None:

@@ -1,7 +1,8 @@
 """Where adapters lie: one folder, a tree of folders, a snapshot in the cache of Hugging Face.
 
-Walking opens no file. Links to folders are not followed; links to files may lead anywhere below the root: the given
-folder, or the repository's folder in the cache of Hugging Face, whose snapshots are links into ``blobs``.
+Walking opens no file. Links to folders are not followed, and refused where they lead out of the tree. Links to files
+must stay in the adapter's folder, or in the repository's folder of the cache of Hugging Face, where snapshots link into
+``blobs``. The audit holds to the same.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def walk(folder: Path) -> Walked:
         names, folders = _entries(here, root, refused)
         if looks_like_adapter(here, names):
             where = (inside.repo_id, inside.revision) if inside else ("", "")
-            found.append(Candidate(here, inside.folder if inside else root, parts, *where))
+            found.append(Candidate(here, inside.folder if inside else here, parts, *where))
         if here.name.startswith("models--") and "snapshots" in folders:
             waiting += [(one, (*parts, one.name), snapshot_of(one)) for one in _chosen_snapshots(here)]
             continue
@@ -181,13 +182,19 @@ def _entries(folder: Path, root: Path, refused: dict[Path, AdapterRejectedError]
                     names.add(entry.name)
                 elif not entry.name.startswith(".") and not entry.is_symlink():
                     folders.add(entry.name)
-                elif not entry.name.startswith("."):
-                    check_link(Path(entry.path), root)
-    except AdapterRejectedError as error:
-        refused[folder] = error
+                elif not entry.name.startswith(".") and (error := _way_out(Path(entry.path), root)):
+                    refused[Path(entry.path)] = error
     except OSError as error:
         refused[folder] = AdapterRejectedError("unreadable", f"{folder}: cannot be listed: {error.strerror}")
     return names, folders
+
+
+def _way_out(path: Path, root: Path) -> AdapterRejectedError | None:
+    try:
+        check_link(path, root)
+    except AdapterRejectedError as error:
+        return error
+    return None
 
 
 def _chosen_snapshots(repository: Path) -> Iterator[Path]:

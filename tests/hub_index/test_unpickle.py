@@ -62,7 +62,9 @@ def test_the_tensors_come_out_bit_for_bit_and_once(pickled: Path, tmp_path: Path
 def test_code_in_a_pickle_does_not_run(pickled: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     (pickled / "adapter_model.bin").write_bytes(pickle.dumps(Runs(canary)))
-    with pytest.raises(AdapterRejectedError, match="adapter_model.bin: .*; save the adapter as safetensors") as caught:
+    with pytest.raises(
+        AdapterRejectedError, match=r"adapter_model.bin: .*; save the adapter as safetensors"
+    ) as caught:
         unpickle.convert_pickled(pickled, tmp_path, tmp_path / "store")
     assert code_of(caught.value) == "pickle"
     assert not canary.exists()

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from compose.formats.peft_config import is_inside
-from compose.formats.peft_keys import EMBEDDING_NAMES, strip_prefix
+from compose.formats.peft_keys import EMBEDDING_NAMES, is_embedding_copy, strip_prefix
 from compose.hub_index.audit.evidence import Evidence
 from compose.hub_index.audit.rule import Remark, rule
 from compose.hub_index.audit.tensor_names import factor_of
@@ -29,6 +29,8 @@ def factors_come_in_pairs(evidence: Evidence) -> Iterator[Remark]:
 @rule("tensors.shape", "high", hard=True)
 def factors_fit(evidence: Evidence) -> Iterator[Remark]:
     """The two factors of a module are no matrices of one rank."""
+    if (evidence.config or {}).get("enable_lora"):  # fused LoRA: B is the weight of a grouped convolution
+        return
     for module, halves in evidence.halves.items():
         if halves.a is not None and halves.b is not None and not halves.fits:
             shapes = f"A {list(halves.a.shape)!r:.60} and B {list(halves.b.shape)!r:.60}"
@@ -54,7 +56,8 @@ def nothing_but_factors(evidence: Evidence) -> Iterator[Remark]:
     for tensor in evidence.raw.tensors if evidence.raw is not None else ():
         if factor_of(tensor.name) is not None:
             continue
-        declared = any(is_inside(strip_prefix(tensor.name), one) for one in saved)
+        path = strip_prefix(tensor.name)
+        declared = any(is_inside(path, one) for one in saved) or is_embedding_copy(path, evidence.halves)
         if not declared:
             yield Remark(f"{tensor.name} is neither a LoRA factor nor named in modules_to_save")
         elif not evidence.full_modules:
