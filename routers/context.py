@@ -51,7 +51,7 @@ class RoutingContext:
 
     def real(self, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
         """Bool ``(B, T)``: the last ``tokens`` positions, False for padding."""
-        if self.attention_mask is None or self.attention_mask.dim() != 2:
+        if self.attention_mask is None:
             return torch.ones(rows, tokens, dtype=torch.bool, device=device)
         return repeat_rows(self.attention_mask, rows)[:, -tokens:].to(device).bool()
 
@@ -84,6 +84,31 @@ class RoutingContext:
             return real
         labelled = repeat_rows(self.labels, rows).to(device) != -100
         return real & torch.nn.functional.pad(labelled[:, self.lag :], (0, self.lag))
+
+
+def padding_of(mask: object, past: int) -> torch.Tensor | None:
+    """Which tokens of a forward are real, ``(B, T)``, from the mask the model was given; None where it gives none.
+
+    Masks ``(B, 1, T, S)`` (static caches), bool or added to scores, are read on their diagonal: a token that is no
+    padding sees itself.
+
+    Args:
+        mask: What stands in for ``attention_mask``.
+        past: Tokens in the cache before this forward.
+
+    Raises:
+        IncompatibleError: Another kind of mask.
+    """
+    if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+        return mask
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[3] < past + mask.shape[2]:
+        given = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise IncompatibleError(
+            f"routers cannot tell padding from an attention mask {given}; give it as (B, T), or say "
+            "routed.told(RoutingContext(attention_mask=...)) around the call"
+        )
+    own = mask[:, 0].diagonal(past, 1, 2)
+    return own if own.dtype == torch.bool else own == 0
 
 
 def _columns(mask_BT: torch.Tensor, tokens: int) -> torch.Tensor:

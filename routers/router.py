@@ -90,9 +90,9 @@ class SiteRouter(nn.Module):
             gates = limit_capacity(gates, ids, self.num_experts, spec.capacity, real, available=self.num_available)
         if self.post_E is not None:
             post = self.post_E if ids is None else self.post_E[ids]
-            gates = gates + post if spec.post == "bias" else gates * post
             if ids is None:
-                gates = gates * self.available_E
+                post = post * (selected.logits > float("-inf"))  # nothing for experts that were not selected
+            gates = gates + post if spec.post == "bias" else gates * post
         strength = 1.0 - gates.amax(-1, keepdim=True) if spec.universal == "complement" else 1.0
         if spec.gate_power != 1:
             gates = gates**spec.gate_power

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compose.errors import IncompatibleError
 from compose.kernels.stack import LoraStack
-from compose.routers.context import RoutingContext, repeat_rows
+from compose.routers.context import RoutingContext, padding_of, repeat_rows
 from compose.routers.decisions import decisions_of
 from compose.routers.ffn import place_ffn_experts
 from compose.routers.first_pass import base_pass, past_length
@@ -308,8 +308,7 @@ class RoutingSession:
         labels = self._top.get("labels") if body.decodes else None
         if mask is None and labels is not None and labels.dim() == 2:
             mask = (labels != -100).long()  # a decoder's inputs are its labels one place later
-        own = kwargs.get("attention_mask")
-        return mask if mask is not None or not isinstance(own, torch.Tensor) or own.dim() != 2 else own
+        return padding_of(kwargs.get("attention_mask") if mask is None else mask, body.past)
 
     def _labels(self, body: _Body) -> torch.Tensor | None:
         """Labels mark the response of the body that predicts them; in an encoder they mean nothing."""

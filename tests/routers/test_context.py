@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compose.errors import IncompatibleError
-from compose.routers.context import RoutingContext, agreed, repeat_rows
+from compose.routers.context import RoutingContext, agreed, padding_of, repeat_rows
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([[-100, -100, 7, 8, -100], [-100, 5, 6, -100, -100]])
@@ -51,3 +51,23 @@ def test_rows_are_repeated_in_place_or_refused() -> None:
     assert repeat_rows(torch.tensor([1, 2]), 4).tolist() == [1, 1, 2, 2]
     with pytest.raises(IncompatibleError, match="2 rows, the batch 3"):
         repeat_rows(torch.tensor([1, 2]), 3)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_padding_is_read_off_the_diagonal_of_a_wide_mask(additive) -> None:
+    real = torch.tensor([[False, False, True, True, True], [True, True, True, True, True]])
+    causal = torch.ones(5, 8, dtype=torch.bool).tril() & torch.nn.functional.pad(real, (0, 3))[:, None]  # B, T, S
+    mask = causal[:, None]
+    if additive:
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    assert torch.equal(padding_of(mask, 0), real)
+    later = torch.ones(2, 1, 1, 8, dtype=torch.bool)
+    assert torch.equal(padding_of(later, 5), torch.ones(2, 1, dtype=torch.bool))
+    assert padding_of(real, 0) is real
+    assert padding_of(None, 3) is None
+
+
+@pytest.mark.parametrize("mask", [{"full_attention": None}, torch.ones(2, 1, 5, 4), torch.ones(5, 5)[None]])
+def test_a_mask_that_does_not_tell_padding_is_refused(mask) -> None:
+    with pytest.raises(IncompatibleError, match="attention mask"):
+        padding_of(mask, 0)

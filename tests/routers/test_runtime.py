@@ -28,6 +28,14 @@ PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
+@pytest.mark.parametrize("spec", [SPECS["token"], SPECS["sequence"]], ids=["token", "sequence"])
+def test_a_static_cache_sees_the_padding_of_its_wide_mask(spec, routed_over) -> None:
+    routed = routed_over("llama", spec)
+    options = {"max_new_tokens": 5, "stop_ids": [1]}
+    static = routed.generate(PROMPTS, cache_implementation="static", disable_compile=True, **options)
+    assert static == routed.generate(PROMPTS, **options)
+
+
 @every_spec
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_cache_beams_and_batches_change_nothing(name, spec, routed_over) -> None:
