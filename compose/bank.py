@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -22,6 +22,9 @@ from compose.formats import discover, format_of
 from compose.formats.entry import Entry, FileEntry, MemoryEntry
 from compose.formats.header import TargetHeader, check_name, natural_key
 from compose.kernels.stack import LoraStack
+
+if TYPE_CHECKING:
+    from compose.hub_index.store import Index
 
 _SHOWN_PROBLEMS = 20
 
@@ -116,6 +119,46 @@ class Bank:
         if not entries:
             _raise_problems(problems or {"(none)": "no adapters given"}, len(folders))
         return cls(entries, base=base, problems=problems)
+
+    @classmethod
+    def from_index(
+        cls,
+        index: Index | str | Path,
+        *,
+        base: str | None = None,
+        query: str | None = None,
+        names: Sequence[str] | None = None,
+        k: int | None = None,
+        quarantined: bool = False,
+    ) -> Bank:
+        """Open adapters that an index knows, reading headers only; their names are those of the index.
+
+        Configurations are compared with the index's hashes at once, weights when they are read: other bytes than the
+        index knows are an error.
+
+        Args:
+            index: An open index, or its file.
+            base: Only adapters of this base model, by its name or its fingerprint.
+            query: A text: the best adapters for it, best first.
+            names: Exactly these, in this order, instead of a query.
+            k: At most so many; with a query 10 by default, without one all.
+            quarantined: Also open adapters in quarantine.
+
+        Returns:
+            The bank; ``problems`` names adapters that a query found and that have no files (known by description).
+
+        Raises:
+            UnknownNameError: The index has no adapter of a name.
+            HubIndexError: Nothing is found, an adapter is quarantined, has no files, or its configuration changed.
+            AdapterFormatError: Files are missing or damaged, all of them told at once.
+            IncompatibleError: Different base models, or shapes that disagree.
+        """
+        from compose.hub_index.opening import choose, open_chosen
+
+        chosen = choose(index, base=base, query=query, names=names, k=k, quarantined=quarantined)
+        found = open_chosen(chosen.adapters)
+        _raise_problems(found.problems, len(chosen.adapters))
+        return cls(found.entries, base=chosen.base, problems=chosen.without_files)
 
     @classmethod
     def from_adapters(cls, adapters: Iterable[Adapter], *, base: str | None = None) -> Bank:

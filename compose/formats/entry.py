@@ -79,15 +79,15 @@ class MemoryEntry:
 
 
 class FileEntry:
-    """An adapter in a folder, known by its header; the hash recorded at its first read binds later ones."""
+    """An adapter in a folder, known by its header; the hash given, or recorded at its first read, binds later ones."""
 
-    def __init__(self, header: AdapterHeader, adapter_format: AdapterFormat) -> None:
+    def __init__(self, header: AdapterHeader, adapter_format: AdapterFormat, sha256: str = "") -> None:
         self.name = header.name
         self.base = header.base
         self.shapes: Mapping[str, TargetHeader] = header.targets
         self.header = header
         self._format = adapter_format
-        self._sha256 = ""
+        self._sha256 = sha256
         self._lock = threading.Lock()
 
     def resident(self) -> Adapter | None:
@@ -112,7 +112,7 @@ class FileEntry:
         return Adapter(self.name, self.base, targets, self.header.config, sha256=self._sha256, source=source)
 
     def sha256(self) -> str:
-        """Return the recorded hash, reading the file for it if there is none yet."""
+        """Return the hash that was given or recorded, reading the file for it if there is none yet."""
         return self._sha256 or self._record(self._format.file_sha256(self.header))
 
     def _record(self, sha256: str) -> str:
@@ -120,7 +120,7 @@ class FileEntry:
             if self._sha256 and self._sha256 != sha256:
                 raise AdapterFormatError(
                     f"{self.header.folder}: the weights changed on disk (sha256 was {self._sha256[:12]}…, is "
-                    f"{sha256[:12]}…); open the bank again"
+                    f"{sha256[:12]}…); open the bank again, or add the adapter to its index again"
                 )
             self._sha256 = sha256
         return sha256
