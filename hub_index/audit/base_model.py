@@ -22,6 +22,7 @@ from compose.hub_index.audit.raw_header import RawHeader, RawTensor, read_raw_he
 _MAX_JSON_BYTES = 64 * 2**20
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _TIED_OUTPUTS = frozenset({"lm_head", "embed_out"})
+_TOKENS = EMBEDDING_NAMES - _TIED_OUTPUTS - {"wpe"}
 
 
 class BaseLayer(NamedTuple):
@@ -111,9 +112,7 @@ class BaseModel:
         if len(longer) == 1:
             return self.layers[longer[0]]
         if segments[-1] in _TIED_OUTPUTS:
-            return next(
-                (self.layers[path] for path in self.layers if path.rpartition(".")[2] in EMBEDDING_NAMES), None
-            )
+            return next((self.layers[path] for path in self.layers if path.rpartition(".")[2] in _TOKENS), None)
         return None
 
 

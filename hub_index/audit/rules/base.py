@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from compose.adapter import Adapter
 from compose.hub_index.audit.evidence import Evidence
 from compose.hub_index.audit.rule import Remark, rule
+from compose.hub_index.fingerprint import base_fingerprint, fingerprint_in
+from compose.hub_index.records import ModuleRecord
 
 
 @rule("base.module", "high", hard=True)
@@ -66,11 +68,53 @@ def update_is_smaller_than_the_weight(evidence: Evidence) -> Iterator[Remark]:
             yield Remark(f"{module}: |update| {update.norm():.3g} is more than |weight| {weight:.3g}", module)
 
 
+@rule("base.fingerprint", "critical", hard=True)
+def fingerprint_agrees(evidence: Evidence) -> Iterator[Remark]:
+    """The adapter was made for another base model than the one given, as fingerprints tell.
+
+    A fingerprint given alone is that of the adapter's index entry, or one made without the base's model type.
+    """
+    known = evidence.record.base_fingerprint if evidence.record is not None else ""
+    if evidence.fingerprint:
+        own = {known, base_fingerprint(_modules(evidence))} - {""}
+        if own and evidence.fingerprint not in own:
+            shown = ", ".join(sorted(one[:12] for one in own))
+            yield Remark(f"its base has the fingerprint {shown}, not {evidence.fingerprint[:12]}")
+    elif evidence.base is not None and evidence.record is not None and known:
+        modules = evidence.record.modules
+        fitting = {fingerprint_in(evidence.base, modules), base_fingerprint(modules)}
+        if known not in fitting:
+            yield Remark(f"the index knows it for a base with the fingerprint {known[:12]}, not {evidence.base.name}")
+
+
+def _modules(evidence: Evidence) -> list[ModuleRecord]:
+    """Return the targets as an index describes them."""
+    return [
+        ModuleRecord(name=module, kind=kind, in_features=wide, out_features=out)
+        for module, (kind, out, wide) in _targets(evidence).items()
+    ]
+
+
 def _shapes(evidence: Evidence) -> dict[str, tuple[int, int]]:
-    """Return module path -> ``(O, I)``, as the loader reads them, else as the tensor names tell."""
+    """Return module path -> ``(O, I)`` of the base's weight that the target must fit.
+
+    An embedding's weight is (tokens, width), and its update reads tokens and writes the width.
+    """
+    found = _targets(evidence)
+    return {module: (out, wide) if kind == "linear" else (wide, out) for module, (kind, out, wide) in found.items()}
+
+
+def _targets(evidence: Evidence) -> dict[str, tuple[str, int, int]]:
+    """Return module path -> (kind, ``O``, ``I``), as the loader reads them, else as the tensor names tell."""
     if isinstance(evidence.adapter, Adapter):
-        return {module: (one.out_features, one.in_features) for module, one in evidence.adapter.targets.items()}
+        updates = evidence.adapter.targets.items()
+        return {module: (one.kind, one.out_features, one.in_features) for module, one in updates}
     if not isinstance(evidence.strict, str):
-        return {module: (one.out_features, one.in_features) for module, one in evidence.strict.targets.items()}
-    fitting = {module: one for module, one in evidence.halves.items() if one.fits}
-    return {module: (one.b.shape[0], one.a.shape[1]) for module, one in fitting.items() if one.a and one.b}
+        headers = evidence.strict.targets.items()
+        return {module: (one.kind, one.out_features, one.in_features) for module, one in headers}
+    found = {}
+    for module, one in evidence.halves.items():
+        if one.fits and one.a is not None and one.b is not None:
+            kind = "embedding" if "lora_embedding_" in one.a.name else "linear"
+            found[module] = (kind, one.b.shape[0], one.a.shape[1])
+    return found

@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from compose.adapter import Adapter, LowRank
 from compose.errors import IncompatibleError
+from compose.formats.peft import write_adapter
 from compose.hub_index.audit.base_model import BaseModel
+from compose.hub_index.fingerprint import base_fingerprint
+from compose.hub_index.records import AdapterRecord, ModuleRecord
 
 PARTS = [f"model.layers.{layer}.self_attn.{part}_proj" for layer in range(2) for part in "qv"]
 
@@ -95,3 +99,24 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(IncompatibleError, match=r"no model\.safetensors"):
         BaseModel.open(tmp_path)
+
+
+def test_embeddings_are_compared_the_right_way_round(base, tmp_path: Path, rules) -> None:
+    update = LowRank(torch.randn(2, 30), torch.randn(8, 2), 1.0, "embedding")
+    folder = write_adapter(Adapter("one", "owner/base", {"model.embed_tokens": update}), tmp_path / "one")
+    right = base({"model.embed_tokens": torch.full((30, 8), 9.0)})
+    assert {rule for rule in rules(folder, base=right) if rule.startswith("base.")} == set()
+    assert "base.shape" in rules(folder, base=base({"model.embed_tokens": torch.ones(8, 30)}, name="turned"))
+
+
+def test_fingerprints(make, findings, base) -> None:
+    folder = make()
+    modules = tuple(ModuleRecord(name=path, in_features=10, out_features=12, rank=3) for path in PARTS)
+    own, typed = base_fingerprint(modules), base_fingerprint(modules, "llama")
+    assert findings(folder, "base.fingerprint", fingerprint=own) == []
+    assert findings(folder, "base.fingerprint", fingerprint=typed) != []
+    known = AdapterRecord(name="one", sha256_weights="0" * 64, base_fingerprint=typed, modules=modules)
+    assert findings(folder, "base.fingerprint", fingerprint=typed, record=known) == []
+    assert findings(folder, "base.fingerprint", base=base(matrices()), record=known) == []
+    other = base(matrices(), kind="mistral", name="other")
+    assert findings(folder, "base.fingerprint", base=other, record=known) != []
