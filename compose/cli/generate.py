@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,8 @@ from compose.errors import ComposeError
 if TYPE_CHECKING:
     from compose.cli.chosen_weights import ChosenWeights
     from compose.fewshot.loading import LoadedModel
+
+RETRIEVE = "Adapters by retrieval"
 
 Texts = Annotated[
     list[str] | None,
@@ -39,12 +42,49 @@ Requests = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="With --requests: how many run at a time.", rich_help_panel=OUTPUT)
+    int,
+    typer.Option(
+        "--batch-size", min=1, help="With --requests, --retrieve: how many run at a time.", rich_help_panel=OUTPUT
+    ),
 ]
 Out = Annotated[
     Path | None,
     typer.Option(
         "--out", "-o", metavar="FILE", help="With --requests: results, instead of stdout.", rich_help_panel=OUTPUT
+    ),
+]
+RetrieveMode = Annotated[
+    str | None,
+    typer.Option(
+        "--retrieve",
+        metavar="MODE",
+        help="selection, fusion, mixture or soup: every prompt gets the adapters retrieved for it.",
+        rich_help_panel=RETRIEVE,
+    ),
+]
+RetrieverFolder = Annotated[
+    Path | None,
+    typer.Option("--retriever", metavar="FOLDER", help="Made by compose retrieve --save.", rich_help_panel=RETRIEVE),
+]
+Top = Annotated[
+    int | None, typer.Option("--top", min=1, help="Adapters per prompt, 3 by default.", rich_help_panel=RETRIEVE)
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        metavar="T",
+        help="Weigh adapters by a softmax of their scores at this temperature, instead of equally.",
+        rich_help_panel=RETRIEVE,
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold",
+        metavar="SCORE",
+        help="Leave out adapters that score less; a prompt without any gets the base model.",
+        rich_help_panel=RETRIEVE,
     ),
 ]
 
@@ -57,6 +97,11 @@ def generate(  # noqa: PLR0913 - one parameter per option
     adapter: AdapterName = None,
     weights: Weights = None,
     requests: Requests = None,
+    retrieve: RetrieveMode = None,
+    retriever: RetrieverFolder = None,
+    top: Top = None,
+    temperature: Temperature = None,
+    threshold: Threshold = None,
     demo: Annotated[bool, typer.Option("--demo", help="Use the shipped base model and bank.")] = False,
     max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 16,
@@ -74,10 +119,15 @@ def generate(  # noqa: PLR0913 - one parameter per option
     With --requests every prompt has its own adapter, weights or neither; --adapter and --weights serve those without
     their own. All run in one batch which a waiting request joins as soon as another is done. One JSON line per request
     is written when it finishes: index, id, text, new_tokens, reason (stop or length).
+
+    With --retrieve every prompt gets the adapters that a retriever finds for it, in one batch with the others; what
+    each got is told on standard error, or in --json.
     """
     given = [*(prompt or []), *(texts or [])]
     prompts = _prompts(given) if requests is None else []
     _check_outputs(requests, given, out, json=json)
+    chosen_by = {"--requests": requests, "--adapter": adapter, "--weights": weights}
+    _check_retrieval(retrieve, chosen_by, (retriever, top, temperature, threshold))
     base_path, folders = _sources(base, bank, demo=demo)
     if adapter is not None and weights is not None:
         raise ComposeError("--adapter and --weights exclude each other; give one of them")
@@ -87,6 +137,16 @@ def generate(  # noqa: PLR0913 - one parameter per option
     from compose.cli.loading import load_base
 
     chosen = read_weights(weights) if weights is not None else None if adapter is None else one_adapter(adapter)
+    if retrieve is not None:
+        from compose.cli.generate_retrieved import RetrievalJob, answer_retrieved
+
+        wishes = RetrievalJob(
+            retrieve, retriever, folders, demo, top or 3, temperature, threshold, batch_size, max_new_tokens
+        )
+        answer_retrieved(
+            wishes, prompts, base_path, lambda: load_base(base_path, device=device, dtype=dtype), json=json
+        )
+        return
     if requests is not None:
         from compose.cli.generate_requests import RequestJob, answer_requests
 
@@ -151,6 +211,18 @@ def _check_outputs(requests: str | None, given: list[str], out: Path | None, *, 
         raise ComposeError("--requests writes JSON lines, one per request; leave out --json")
 
 
+def _check_retrieval(mode: str | None, others: Mapping[str, object], options: tuple[object, ...]) -> None:
+    if mode is None:
+        names = ("--retriever", "--top", "--temperature", "--threshold")
+        given = [name for name, value in zip(names, options, strict=True) if value is not None]
+        if given:
+            raise ComposeError(f"{given[0]} goes with --retrieve MODE: selection, fusion, mixture or soup")
+        return
+    clash = [name for name, value in others.items() if value is not None]
+    if clash:
+        raise ComposeError(f"--retrieve chooses the adapters; leave out {clash[0]}")
+
+
 def _sources(base: str | None, bank: list[Path] | None, *, demo: bool) -> tuple[str, list[Path]]:
     if demo:
         if base or bank:
@@ -172,6 +244,8 @@ COMMANDS.register("generate")(
             "compose generate --base ./base --bank ./bank --weights runs/task - < prompts.txt",
             """compose generate --demo --weights '{"capitals": 0.7, "sort_words": 0.4}' --prompt 'Sort: b a'""",
             "compose generate --demo --requests requests.jsonl --batch-size 32 --out answers.jsonl",
+            "compose generate --demo --retrieve selection --prompt 'Sort the words: pear fig apple'",
+            "compose generate --base ./base --bank ./bank --retrieve mixture --retriever runs/retriever - < some.txt",
             """echo '{"prompt": "Do it: a b", "adapter": "capitals"}' | compose generate --demo --requests -""",
         ),
     )
