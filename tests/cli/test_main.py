@@ -11,7 +11,20 @@ from compose.cli import COMMANDS, Command
 from compose.cli.main import build_app, guarded
 from compose.errors import ComposeError
 
-NAMES = ["compress", "convert", "demo", "doctor", "eval", "generate", "inspect", "merge", "route", "search", "train"]
+NAMES = [
+    "compress",
+    "convert",
+    "demo",
+    "doctor",
+    "eval",
+    "generate",
+    "inspect",
+    "merge",
+    "retrieve",
+    "route",
+    "search",
+    "train",
+]
 SUBCOMMANDS = [["demo", "build"]]
 
 
