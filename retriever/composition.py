@@ -111,12 +111,15 @@ class Composer:
 
     Attributes:
         mode: ``"selection"``, ``"fusion"``, ``"mixture"``; or ``"soup"``, AdapterSoup (arXiv:2302.07027): scores are
-            averaged over the texts, which are one corpus, and all rows get the same adapters.
+            averaged over the texts, which are one corpus, and all rows get the same adapters. Over a retriever of
+            ``raw_mean`` vectors that is the mean cosine of all pairs of texts, as ``compose.soup_weights``; over
+            `compose.retriever.clusters.ClusterRetriever` it is the paper's choice by clustering.
         k: How many adapters a row gets at most; None: all of them. With ``"fusion"`` and similarity weights that is
             what SMEAR (arXiv:2306.03745) does with a trained gate. ``"selection"`` always takes one.
         weights: ``"uniform"``: ``1/K``, as the papers do. ``"similarity"``: softmax of the kept scores.
         temperature: Of that softmax, in the unit of the scores: cosines need a small one, such as 0.05.
         threshold: Adapters that score less are not used; a row without any runs on the bare base model. None: all are.
+            A calibrated retriever (``Retriever.calibrated``) refuses texts by itself; they run on the base model too.
     """
 
     mode: ModeName = "selection"

@@ -12,7 +12,7 @@ from compose.engine.coefficients import AdapterIds, Coefficients
 from compose.engine.retrieved import retrieved_selection, selection_of
 from compose.errors import IncompatibleError, UnknownNameError
 from compose.retriever.composition import Composer, allowed, first_of
-from compose.retriever.retriever import Retrieved
+from compose.retriever.retriever import Retrieved, Retriever
 from compose.text.encoding import PromptFormat
 
 NAMES = ("expert-2", "expert-0", "expert-3", "expert-1")  # not the bank's order
@@ -202,6 +202,33 @@ def test_soup_is_one_set_for_the_batch(llama) -> None:
     with llama.using(Coefficients(values, "parameters")):
         rows = llama.generate([Letters()(text).input_ids for text in TEXTS], max_new_tokens=6)
     assert found.texts == Letters().batch_decode(rows)
+
+
+def test_soup_over_raw_means_takes_what_soup_weights_takes() -> None:
+    """`compose.soup_weights` over vectors, and the retriever's mode over texts: AdapterSoup both times."""
+    generator = np.random.default_rng(5)
+    texts = {name: [f"{name} {number}" for number in range(4)] for name in (*NAMES, "query")}
+    vectors = {text: generator.standard_normal(6) for own in texts.values() for text in own}
+    encoder = Vectors({text: (row / np.linalg.norm(row)).astype(np.float32) for text, row in vectors.items()})
+    retriever = Retriever.fit(encoder, {name: texts[name] for name in NAMES}, "raw_mean")
+    wanted = compose.soup_weights(
+        encoder.encode(texts["query"]), {name: encoder.encode(texts[name]) for name in NAMES}, 2, similarity="mean"
+    )
+    (row, *others) = Composer(mode="soup", k=2)(retriever, texts["query"]).rows()
+    assert list(row.items()) == list(wanted.items())
+    assert others == [row] * 3
+
+
+class Vectors:
+    """An encoder that knows the vector of every text."""
+
+    id, prompt, fingerprint, dim = "vectors", "", "0" * 64, 6
+
+    def __init__(self, known) -> None:
+        self.known = known
+
+    def encode(self, texts):
+        return np.stack([self.known[text] for text in texts])
 
 
 def test_rows_may_run_in_parts(llama) -> None:

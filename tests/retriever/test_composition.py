@@ -8,6 +8,7 @@ import pytest
 
 from compose.errors import IncompatibleError, UnknownNameError
 from compose.retriever.composition import MODES, Composer, allowed, first_of
+from compose.retriever.retriever import Retriever
 
 NAMES = ("a", "b", "c", "d")
 SCORES = {
@@ -106,6 +107,17 @@ def test_soup_gives_every_row_the_best_of_the_mean() -> None:
         {"a": 0.5, "c": 0.5},
         {"b": 0.5, "a": 0.5},
     ]
+
+
+def test_what_a_calibrated_retriever_refuses_gets_no_adapter(words, tasks) -> None:
+    inside = {name: texts[:5] for name, texts in tasks.items()}
+    retriever = Retriever.fit(words, inside, "mean").calibrated(
+        [texts[5] for texts in tasks.values()], ["quantum chromodynamics lattice", "green ideas sleep furiously"]
+    )
+    texts = ["is it rain or snow", "colourless green ideas", "send my money"]
+    for mode in ("selection", "mixture"):
+        found = Composer(mode=mode, k=2)(retriever, texts).rows()
+        assert [next(iter(row), None) for row in found] == ["weather", None, "money"]
 
 
 def test_modes_say_what_is_summed_and_ask_the_retriever_once() -> None:
