@@ -109,7 +109,7 @@ class RoutedModel(nn.Module):
     def _with_losses(self, output: Any, decisions: list[Decisions]) -> Any:
         total, parts = total_loss(self.spec.losses, decisions)
         trains = any(parameter.requires_grad for parameter in self.router.parameters())
-        if self.training and torch.is_grad_enabled() and trains and not total.requires_grad:
+        if self.training and torch.is_grad_enabled() and trains and decisions and not total.requires_grad:
             raise IncompatibleError(
                 "the auxiliary losses have no gradient here; with gradient checkpointing use use_reentrant=False"
             )

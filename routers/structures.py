@@ -73,7 +73,7 @@ class SharedA(nn.Module):
 
     def forward(self, x: torch.Tensor, call: Any, routing: Routing) -> torch.Tensor:
         """``x (..., D)`` -> ``(..., O)``; gates with fewer dimensions are repeated."""
-        dtype = torch.promote_types(x.dtype, self.a_rD.dtype) if not torch.is_autocast_enabled() else x.dtype
+        dtype = autocast_dtype(x) or torch.promote_types(x.dtype, self.a_rD.dtype)
         gates = _spread(routing.dense() * self.scaling, x).to(dtype)
         h = nn.functional.linear(x.to(dtype), self.a_rD.to(dtype))
         u = (gates.unsqueeze(-1) * h.unsqueeze(-2)).flatten(-2)

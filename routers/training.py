@@ -367,7 +367,7 @@ def _balance(routed: RoutedModel, settings: TrainSettings) -> SelectionBalance |
 @contextmanager
 def _own_draws(device: torch.device) -> Iterator[None]:
     """Whatever is drawn inside leaves torch's global generators as they were."""
-    devices = [device.index or 0] if device.type == "cuda" else []
+    devices = range(torch.cuda.device_count()) if device.type == "cuda" else []  # a model may lie on several
     with torch.random.fork_rng(devices=devices):
         yield
 

@@ -162,7 +162,9 @@ def _kept(events: Path, head: Mapping[str, Any]) -> list[Row]:
             f"{events.parent} holds a comparison of other routers, records, adapters or settings; give another --out, "
             "or --force to start again"
         )
-    events.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    part = events.with_name(events.name + ".part")
+    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    part.replace(events)
     return [row_from_json(json.loads(line)) for line in lines[1:]]
 
 
