@@ -91,8 +91,8 @@ class RoutedModel(nn.Module):
                 ``prompt_mask``, ``expert_labels``.
 
         Returns:
-            The model's output; ``loss`` includes the auxiliary losses, and ``aux_loss`` is their weighted sum, where
-            there are any.
+            The model's output; ``loss`` includes the auxiliary losses, where there are any: their weighted sum is
+            ``aux_loss``, the rest ``model_loss``.
         """
         said = {name: inputs.pop(name) for name in _CONTEXT if name in inputs}
         context = replace(self._session.context, **said)
@@ -116,8 +116,8 @@ class RoutedModel(nn.Module):
         self.last_losses = {name: value.detach() for name, value in parts.items()}
         if getattr(output, "loss", None) is None:
             raise IncompatibleError("the model returned no loss to add the auxiliary losses to; keep return_dict=True")
+        output.model_loss, output.aux_loss = output.loss, total
         output.loss = output.loss + total.to(output.loss.dtype)
-        output.aux_loss = total
         return output
 
     def generate(self, inputs: Any, **options: Any) -> list[list[int]]:

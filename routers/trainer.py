@@ -60,7 +60,7 @@ class RouterTrainer(Trainer):
         aux = getattr(output, "aux_loss", output.loss.new_zeros(()))
         loss = output.loss
         if num_items_in_batch is not None:
-            own = loss - aux.to(loss.dtype)
+            own = getattr(output, "model_loss", loss)
             parts = self.current_gradient_accumulation_steps
             share = self._predicted(inputs["labels"]) / num_items_in_batch
             if self.args.average_tokens_across_devices and self.args.world_size > 1:

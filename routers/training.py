@@ -273,7 +273,7 @@ class Run:
             with self._autocast(device), self.routed.recording() as decisions:
                 output = self.routed(**inputs)
             aux = getattr(output, "aux_loss", torch.zeros((), device=device))
-            model = (output.loss - aux.to(output.loss.dtype)) * (count / tokens)
+            model = getattr(output, "model_loss", output.loss) * (count / tokens)
             aux_part = aux / (len(batches) * world)
             (model + aux_part.to(model.dtype)).backward()
             total.model += model.detach()
