@@ -26,6 +26,7 @@ from compose.formats.peft_source import KindHeader, describe_kind
 from compose.hub_index.audit.evidence import Evidence
 from compose.hub_index.audit.rule import finding, is_hard, run_rules
 from compose.hub_index.cards import MAX_CARD_BYTES, Card, read_card
+from compose.hub_index.converted import converted_folder
 from compose.hub_index.describe import (
     config_fields,
     dtype_names,
@@ -35,7 +36,7 @@ from compose.hub_index.describe import (
     shape_fields,
 )
 from compose.hub_index.fingerprint import base_fingerprint, fingerprint_in
-from compose.hub_index.foreign import refuse_foreign
+from compose.hub_index.foreign import refuse_foreign, refuse_image_file
 from compose.hub_index.lineage import read_lineage
 from compose.hub_index.records import SEVERITIES, AdapterRecord, AuditFinding, ModuleRecord, Severity
 from compose.hub_index.refusals import AdapterRejectedError, code_of
@@ -151,6 +152,18 @@ def add_tree(
     return outcomes
 
 
+def add_file(path: Path) -> Outcome:
+    """Return why a single file is no adapter, in words that fit what it is."""
+    try:
+        if path.suffix == ".safetensors":
+            refuse_image_file(path, path.resolve().parent)
+        raise AdapterRejectedError(
+            "file", f"{path}: a file; give the folder that holds it and its {CONFIG_NAME}, or a .jsonl of descriptions"
+        )
+    except AdapterRejectedError as error:
+        return Outcome(path.stem, "refused", str(path), (str(error),), error.code)
+
+
 def add_candidate(index: Index, candidate: Candidate, name: str, options: Options, source: str) -> Outcome:
     """Take in one folder; an error about it is an outcome, not an exception."""
     try:
@@ -224,11 +237,6 @@ def examine(
     )
     notes = [f"{one.rule}: {one.detail}" for one in findings if one.severity != "info"]
     return record, (*read.notes, *card.notes, *lineage_notes, *notes)
-
-
-def converted_folder(index_path: Path) -> Path:
-    """Return the folder beside an index that holds adapters converted from pickled weights."""
-    return index_path.absolute().with_name(index_path.name + ".converted")
 
 
 def _read(evidence: Evidence) -> _Files:

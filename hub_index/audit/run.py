@@ -66,8 +66,8 @@ def audit(
     for among the adapters audited, those of the index with the same base, and ``reference``.
 
     Args:
-        target: A folder (an adapter, or a folder of adapters), a name in ``index``, an adapter, or a bank. Of what is
-            in memory there are no files to look at.
+        target: A folder (an adapter, or a folder of adapters), a name in ``index`` or a list of names, an adapter, or
+            a bank. Of what is in memory there are no files to look at.
         index: An open index.
         base_model: A folder or a cached Hugging Face id of the base model; or a fingerprint (64 hexadecimal digits).
         reference: More adapters to compare with.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -26,7 +26,7 @@ class NamedAdapters(Protocol):
     def __getitem__(self, name: str) -> Adapter: ...
 
 
-Target = str | Path | Adapter | NamedAdapters
+Target = str | Path | Sequence[str] | Adapter | NamedAdapters
 
 
 class FromIndex(NamedTuple):
@@ -53,6 +53,8 @@ def evidence_of(
     """
     if isinstance(target, str | Path):
         found = _from_place(target, index)
+    elif isinstance(target, Sequence):
+        found = [_from_name(name, index) for name in target]
     elif isinstance(target, Adapter):
         found = [Evidence.of_adapter(target)]
     else:
@@ -65,13 +67,19 @@ def evidence_of(
 def _from_place(target: str | Path, index: Index | None) -> list[Evidence]:
     folder = Path(target)
     if not folder.is_dir() and index is not None and str(target) in index:
-        record = index.get(str(target))
-        return [Evidence(index.folder_of(record), record.name, record=record)]
+        return [_from_name(str(target), index)]
     if not folder.is_dir():
         where = "and no name in the index" if index is not None else "and there is no index; give --index"
         raise AdapterFormatError(f"{str(target)!r:.200}: no such folder, {where}")
     found = discover(folder)
     return [Evidence(one, one.resolve().name if one == folder else one.name) for one in found]
+
+
+def _from_name(name: str, index: Index | None) -> Evidence:
+    if index is None:
+        raise AdapterFormatError(f"{name!r:.200} is a name of an index, and there is no index; give --index")
+    record = index.get(name)
+    return Evidence(index.folder_of(record), record.name, record=record)
 
 
 def member_of(evidence: Evidence, statistics: Mapping[str, ModuleStatistics]) -> Member:

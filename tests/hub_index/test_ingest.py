@@ -12,8 +12,9 @@ import torch
 from compose.errors import HubIndexError
 from compose.hub_index import Index
 from compose.hub_index.audit.base_model import BaseModel
+from compose.hub_index.converted import converted_folder
 from compose.hub_index.fingerprint import base_fingerprint
-from compose.hub_index.ingest import Options, add_tree, converted_folder
+from compose.hub_index.ingest import Options, add_tree
 from tests.hub_index.folders import CARD, PREFIX, make, tensors
 
 
