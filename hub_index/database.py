@@ -28,6 +28,7 @@ NETWORK = frozenset({
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "beegfs", "gpfs", "glusterfs",
     "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse", "fuse.juicefs", "fuse.ceph",
 })  # fmt: skip
+_MAGIC = b"SQLite format 3\0"
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -75,8 +76,8 @@ def transaction(connection: sqlite3.Connection, path: Path, *, write: bool = Fal
         OSError: As `told`.
     """
     with told(path):
-        connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
         try:
+            connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             yield
             connection.execute("COMMIT")
         except BaseException:
@@ -173,6 +174,9 @@ def _check_file(path: Path, create: bool) -> bool:
         raise HubIndexError(f"{path}: cannot be opened: {error.strerror}") from None
     if not stat.S_ISREG(found.st_mode):
         raise HubIndexError(f"{path}: not a regular file; give the path of an index file")
+    with path.open("rb") as stream:  # SQLite takes a file of a few bytes for an empty one and writes over it
+        if stream.read(len(_MAGIC)) not in (b"", _MAGIC):
+            raise HubIndexError(f"{path}: not an index: not a SQLite file; it was not touched. Give another path")
     return False
 
 

@@ -48,10 +48,10 @@ class Filters:
     def __post_init__(self) -> None:
         if self.status not in (*STATUSES, "any"):
             raise HubIndexError(f"status must be one of {', '.join(STATUSES)} or any, got {self.status!r}")
-        if self.rank is not None and not (len(self.rank) == 2 and 0 <= self.rank[0] <= self.rank[1]):
+        if self.rank is not None and not _is_interval(self.rank):
             raise HubIndexError(f"rank must be (lowest, highest) with 0 <= lowest <= highest, got {self.rank!r}")
-        if self.min_score is not None and len(self.min_score) != 3:
-            raise HubIndexError(f"min_score must be (task, metric, value), got {self.min_score!r}")
+        if self.min_score is not None and not (len(self.min_score) == 3 and _is_number(self.min_score[2])):
+            raise HubIndexError(f"min_score must be (task, metric, a finite number), got {self.min_score!r}")
         for text in (self.base, self.task, self.license, *(self.min_score or ())[:2]):
             if text is not None:
                 check_query_text(text)
@@ -136,11 +136,8 @@ def by_text(connection: sqlite3.Connection, text: str, filters: Filters, count: 
     expression = match_expression(text)
     if not expression:
         return Ranked([], [])
-    cursor = connection.execute(
-        f"SELECT rowid, rank FROM adapter_fts WHERE adapter_fts MATCH ? AND rank MATCH '{_WEIGHTS}' "
-        "ORDER BY rank, rowid",
-        (expression,),
-    )
+    query = f"SELECT rowid, rank FROM adapter_fts WHERE adapter_fts MATCH ? AND rank MATCH '{_WEIGHTS}'"
+    cursor = connection.execute(f"{query} ORDER BY rank, rowid", (expression,))
     return first(connection, iter(cursor), filters, count)
 
 
@@ -209,6 +206,14 @@ def _filter(connection: sqlite3.Connection, filters: Filters) -> Callable[[Itera
         return {row for (row,) in connection.execute(query, [json.dumps(list(rows)), *values])}
 
     return ask
+
+
+def _is_interval(rank: tuple[int, int]) -> bool:
+    return len(rank) == 2 and all(type(end) is int for end in rank) and 0 <= rank[0] <= rank[1] < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]  # false for NaN
 
 
 def is_hash(text: str) -> bool:

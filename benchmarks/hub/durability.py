@@ -83,7 +83,7 @@ def tests() -> dict[str, Test]:
         "calls": Test("R6 k-th system call of export, lock, vectors",
                       lambda folder, _: faults.fail_every_call(folder), ("partial", "leftovers", "unordered")),
         "cut": Test("R6 add cut off after every k steps of SQLite",
-                    lambda folder, quick: faults.cut_off_sqlite(folder, 100 if quick else 4),
+                    lambda folder, quick: faults.cut_off_sqlite(folder, 50 if quick else 1),
                     ("half", "corrupt", "unusable")),
         "pages": Test("R6 k-th page of the write-ahead log", lambda folder, _: faults.fail_every_page(folder), wrong),
         "migration": Test("R7 migration killed; newer schema refused",

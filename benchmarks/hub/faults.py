@@ -90,8 +90,8 @@ def in_order(calls: list[str]) -> bool:
     return bool(writes) and order == sorted(order)
 
 
-def cut_off_sqlite(folder: Path, every: int = 4) -> dict[str, Any]:
-    """Interrupt one ``add`` once after every ``every`` steps of SQLite's machine; the adapter is there whole or not."""
+def cut_off_sqlite(folder: Path, every: int = 1) -> dict[str, Any]:
+    """Interrupt one ``add`` after each ``every`` steps of SQLite's machine; the adapter is there whole or not."""
     counts = dict.fromkeys(("points", "interrupted", "half", "corrupt", "unusable"), 0)
     path = folder / "cut.db"
     with Index.open(path, create=True) as index:
@@ -164,7 +164,7 @@ def _after(point: int) -> Callable[[], int]:
     def step() -> int:
         nonlocal left
         left -= 1
-        return left <= 0
+        return left == 0
 
     return step
 
