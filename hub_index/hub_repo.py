@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from compose.errors import BackendUnavailableError, HubIndexError
 from compose.files.safetensors_file import MAX_FILE_BYTES
@@ -78,12 +78,22 @@ def _refuse_large(repo: RepoId, patterns: list[str], cache: Path | None) -> None
     """Refuse a repository with a file that would not be read anyway, before it is downloaded; offline nothing is."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import DryRunError
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):  # type: ignore[misc,type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
 
     if constants.HF_HUB_OFFLINE:
         return
     try:
         listed = snapshot_download(
-            repo.repo_id, revision=repo.revision or None, cache_dir=cache, allow_patterns=patterns, dry_run=True
+            repo.repo_id,
+            revision=repo.revision or None,
+            cache_dir=cache,
+            allow_patterns=patterns,
+            tqdm_class=Silent,
+            dry_run=True,
         )
     except DryRunError:  # not reachable: what the cache has will do
         return

@@ -13,7 +13,7 @@ from compose.cli.index_ask import ls, query, show
 from compose.cli.index_keep import audit, embed, export, gc, import_, remove, verify
 from compose.cli.index_options import DANGEROUS, REFUSED, SCHEMA, IndexPath, counted, index_path, open_index
 from compose.cli.options import INPUTS, Json
-from compose.errors import HubIndexError
+from compose.errors import ComposeError, HubIndexError
 from compose.report.plain import NONE
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def add(
     """
     options = _options(base, quarantine_at, allow_full_modules, allow_pickle, replace)
     with open_index(index, write=True, create=True) as opened:
-        outcomes = [one for source in sources for one in _add_source(opened, source, name, options)]
+        outcomes = _add_all(opened, sources, name, options)
     if json:
         adapters = [one._asdict() for one in outcomes]
         print_json({"schema_version": SCHEMA, "index": str(index_path(index)), "adapters": adapters})
@@ -132,6 +132,25 @@ def _options(base: str | None, quarantine_at: str, full_modules: bool, allow_pic
         quarantine_at=quarantine_at,  # type: ignore[arg-type]
         replace=replace,
     )
+
+
+def _add_all(index: Index, sources: list[str], name: str | None, options: Options) -> list[Outcome]:
+    """Take in all sources; of several, one that cannot be looked at is an outcome beside the others.
+
+    Raises:
+        ComposeError: The only source cannot be looked at.
+    """
+    from compose.hub_index.ingest import Outcome
+
+    outcomes: list[Outcome] = []
+    for source in sources:
+        try:
+            outcomes += _add_source(index, source, name, options)
+        except ComposeError as error:
+            if len(sources) == 1:
+                raise
+            outcomes.append(Outcome(source, "refused", source, (str(error),), "source"))
+    return outcomes
 
 
 def _add_source(index: Index, source: str, name: str | None, options: Options) -> list[Outcome]:

@@ -171,16 +171,18 @@ def hub(tmp_path: Path):
 
 def test_only_files_of_adapters_are_downloaded(hub: str, call_index, tmp_path: Path) -> None:
     online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    done = call_index("add", "org/sums", "--json", **online)
-    assert done.returncode == 0, done.stderr
-    (adapter,) = json.loads(done.stdout)["adapters"]
-    assert (adapter["name"], adapter["state"]) == ("sums", "active")
+    done = call_index("add", "org/sums", "org/none", "--json", **online)
+    assert done.returncode == 3, done.stderr
+    adapters = json.loads(done.stdout)["adapters"]
+    assert [(one["name"], one["state"], one["code"]) for one in adapters] == [
+        ("sums", "active", ""),
+        ("org/none", "refused", "source"),
+    ]
+    assert adapters[1]["reasons"][0].startswith("org/none: 404")
     assert sorted(Hub.asked) == [
         ".eval_results/x.yaml", "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
-    shown = json.loads(call_index("show", "sums", "--json").stdout)["adapter"]
-    assert (shown["source"], shown["repo_id"], shown["revision"]) == ("hub", "org/sums", COMMIT)
-    assert [one["task"] for one in shown["scores"]] == ["org/bench/t"]
-    unknown = call_index("add", "org/none", **online)
-    assert unknown.returncode == 2
-    assert "error: org/none: " in unknown.stderr
+    with Index.open(tmp_path / "cli.db", readonly=True) as index:
+        record = index.get("sums")
+    assert (record.source, record.repo_id, record.revision) == ("hub", "org/sums", COMMIT)
+    assert [one.task for one in record.scores] == ["org/bench/t"]
