@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
-    {"registry", "adapter", "files", "kernels", "text"},
+    {"registry", "adapter", "files", "kernels"},
+    {"text"},
     {"merging", "routers", "search", "retriever", "formats"},
     {"hub_index"},
     {"bank"},

@@ -40,7 +40,9 @@ def checked_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ComposeError(f"--device {name!r} is not a device; give cpu, cuda or cuda:0 (compose doctor)") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ComposeError(f"--device {name}: no GPU is available here; 'compose doctor' shows what is")
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ComposeError(f"--device {name!r} is not a device; give cpu, cuda or cuda:0 (compose doctor)")
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise ComposeError(f"--device {name}: no such GPU is available here; 'compose doctor' shows what is")
     return device

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.errors import ComposeError
+from compose.files.paths import exists
 from compose.text.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def read_recipe(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
             values[key] = file.parent / values[key]
     for key in ("base", "into_base"):
         local = file.parent / values.get(key, "")
-        if key in values and (local.exists() or values[key].startswith((".", "/"))):
+        if key in values and (exists(local) or values[key].startswith((".", "/"))):
             values[key] = str(local)
     if "bank" in values:
         folders = [values["bank"]] if isinstance(values["bank"], str) else values["bank"]

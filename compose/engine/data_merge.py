@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -23,6 +23,7 @@ from compose.engine.merge_weights import Weight, parse_expression, resolve_weigh
 from compose.engine.merged import Merged
 from compose.engine.predictions import Batch, token_mask
 from compose.errors import IncompatibleError, UnknownNameError
+from compose.merging.options import build
 from compose.registry import Registry
 
 ProgressReport = Callable[[str, int, int], None]
@@ -179,18 +180,9 @@ def make_data_method(name: str, options: Mapping[str, Any]) -> DataMethod:
 
     Raises:
         UnknownNameError: No such method.
-        IncompatibleError: It has no such option, or a value is out of range; the message lists the options.
+        IncompatibleError: It has no such option, or a value of another type or out of range; the message lists them.
     """
-    kind = DATA_METHODS[name]
-    allowed = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]  # methods are dataclasses
-    unknown = sorted(set(options) - set(allowed))
-    if unknown:
-        known = ", ".join(f"{key}={value!r}" for key, value in allowed.items()) or "none"
-        raise IncompatibleError(f"merge method {name!r} has no option {unknown[0]!r}; its options: {known}")
-    try:
-        return kind(**options)
-    except (TypeError, ValueError) as error:
-        raise IncompatibleError(f"merge method {name!r}: {error}") from error
+    return build(name, DATA_METHODS[name], options)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -54,7 +55,7 @@ def merge(
 
     Raises:
         UnknownNameError: No such method or adapter.
-        IncompatibleError: Options, weights or adapters do not fit; factors are not finite.
+        IncompatibleError: Options, weights or adapters do not fit; factors, or a merged update, are not finite.
     """
     bank = bank if isinstance(bank, Bank) else Bank.from_adapters(bank)
     built = checked_method(method, space, options, rank, energy)
@@ -73,7 +74,7 @@ def merge(
         deltas = target_deltas(adapters, target, per_target[target], torch.device(device))
         if deltas is not None:
             context = Context(seed, _of_chosen(statistics, target, bank, chosen))
-            targets[target] = _merge_target(built, deltas, context, rank, energy).on_cpu()
+            targets[target] = _merge_target(target, built, deltas, context, rank, energy).on_cpu()
     lineage = [
         {"name": one.name, "sha256": one.sha256, "weight": _said(per_target, number)}
         for number, one in enumerate(adapters)
@@ -157,16 +158,29 @@ def _of_chosen(
 
 
 def _merge_target(
-    method: Method, deltas: Deltas, context: Context, rank: int | None, energy: float | None
+    target: str, method: Method, deltas: Deltas, context: Context, rank: int | None, energy: float | None
 ) -> MergedTarget:
-    result: Factors | Streamed = method.merge(deltas, context)
     error = 0.0
-    if rank is not None or energy is not None:
-        if isinstance(result, Streamed):
-            result, error = compact_dense(result.dense(), rank, energy)
-        else:
-            result, error = compact(result, rank, energy)
+    try:
+        result: Factors | Streamed = method.merge(deltas, context)
+        if rank is not None or energy is not None:
+            if isinstance(result, Streamed):
+                result, error = compact_dense(result.dense(), rank, energy)
+            else:
+                result, error = compact(result, rank, energy)
+    except torch.linalg.LinAlgError:  # of values that are not finite
+        result = Factors(torch.full((1, 1), math.inf), torch.full((1, 1), math.inf))
+    if isinstance(result, Factors) and not _is_finite(result):
+        raise IncompatibleError(
+            f"target {target}: the merged update is not finite in {deltas.dtype}; choose smaller weights or options"
+        )
     return MergedTarget(result, deltas.kind, error)
+
+
+def _is_finite(result: Factors) -> bool:
+    """Whether no entry of ``b @ a`` can be beyond the factors' dtype: by their largest entries, NaN included."""
+    a, b = (float(torch.linalg.vector_norm(factor, math.inf)) if factor.numel() else 0.0 for factor in result)
+    return result.a.shape[0] * a * b <= torch.finfo(result.a.dtype).max
 
 
 def _said(per_target: Mapping[str, Sequence[float]], number: int) -> Weight:

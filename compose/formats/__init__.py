@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compose.errors import AdapterFormatError
+from compose.files.paths import is_folder
 from compose.formats.header import AdapterFormat, AdapterHeader, FullTensorHeader, TargetHeader
 from compose.registry import Registry
 
@@ -56,11 +57,14 @@ def discover(folder: Path, formats: Sequence[str] | None = None) -> list[Path]:
         AdapterFormatError: ``folder`` is not a folder, or holds no adapter.
     """
     names = list(FORMATS) if formats is None else list(formats)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise AdapterFormatError(f"{folder}: no such folder; give an adapter folder or a folder of adapter folders")
     if any(FORMATS[name].matches(folder) for name in names):
         return [folder]
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    try:
+        children = sorted(child for child in folder.iterdir() if is_folder(child) and not child.name.startswith("."))
+    except OSError as error:
+        raise AdapterFormatError(f"{folder}: cannot be read: {error.strerror}; give another folder") from error
     found = [child for child in children if any(FORMATS[name].matches(child) for name in names)]
     if not found:
         raise AdapterFormatError(

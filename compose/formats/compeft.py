@@ -16,6 +16,7 @@ import safetensors.torch
 from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError, DuplicateNameError
 from compose.files import safetensors_file as files
+from compose.files.paths import exists, is_link
 from compose.files.publish import publish_folder
 from compose.files.strict_json import parse_object
 from compose.formats import FORMATS, compeft_file
@@ -175,7 +176,7 @@ class _Compeft:
 
     @staticmethod
     def matches(folder: Path) -> bool:
-        return any((folder / name).exists() or (folder / name).is_symlink() for name in (CONFIG_NAME, WEIGHTS_NAME))
+        return any(exists(folder / name) or is_link(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME))
 
     inspect = staticmethod(inspect_compeft)
     read = staticmethod(read_compeft)

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError, DuplicateNameError
 from compose.files import safetensors_file as files
+from compose.files.paths import exists, is_link
 from compose.files.publish import publish_folder
 from compose.files.strict_json import parse_object
 from compose.formats import FORMATS, discover
@@ -173,8 +174,7 @@ class _Peft:
     @staticmethod
     def matches(folder: Path) -> bool:
         return any(
-            (folder / name).exists() or (folder / name).is_symlink()
-            for name in (CONFIG_NAME, WEIGHTS_NAME, LEGACY_NAME)
+            exists(folder / name) or is_link(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME, LEGACY_NAME)
         )
 
     inspect = staticmethod(inspect_adapter)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from compose.errors import AdapterFormatError
 from compose.files import safetensors_file as files
+from compose.files.paths import exists, is_link
 from compose.files.strict_json import parse_object
 
 CONFIG_NAME = "adapter_config.json"
@@ -42,7 +43,7 @@ def weights_path(folder: Path) -> Path:
         AdapterFormatError: There is only a pickled one.
     """
     path = folder / WEIGHTS_NAME
-    if not path.exists() and not path.is_symlink() and (folder / LEGACY_NAME).exists():
+    if not exists(path) and not is_link(path) and exists(folder / LEGACY_NAME):
         raise AdapterFormatError(
             f"{folder / LEGACY_NAME}: pickled weights can run code and are not read. Convert them once, where you "
             "trust the file: load the adapter with peft and save_pretrained(..., safe_serialization=True)"

@@ -13,6 +13,7 @@ import torch
 from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError
 from compose.files import safetensors_file as files
+from compose.files.paths import exists
 from compose.files.strict_json import parse_object
 from compose.formats.header import (
     SAVE_AGAIN,
@@ -65,7 +66,7 @@ def read_source(folder: str | Path, *, widths: Widths | None = None) -> PeftSour
         AdapterFormatError: Damaged, hostile or incomplete.
     """
     folder = Path(folder)
-    if not (folder / "adapter_config.json").exists():
+    if not exists(folder / "adapter_config.json"):
         return None
     file = read_config(folder)
     kind = kind_of(file.fields)

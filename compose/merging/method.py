@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
-from compose.errors import IncompatibleError
+from compose.merging.options import build
 from compose.registry import Registry
 
 if TYPE_CHECKING:
@@ -87,15 +87,6 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
 
     Raises:
         UnknownNameError: No such method.
-        IncompatibleError: It has no such option, or a value is out of range; the message lists the options.
+        IncompatibleError: It has no such option, or a value of another type or out of range; the message lists them.
     """
-    kind = METHODS[name]
-    allowed = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]  # methods are dataclasses
-    unknown = sorted(set(options) - set(allowed))
-    if unknown:
-        known = ", ".join(f"{key}={value!r}" for key, value in allowed.items()) or "none"
-        raise IncompatibleError(f"merge method {name!r} has no option {unknown[0]!r}; its options: {known}")
-    try:
-        return kind(**options)
-    except (TypeError, ValueError) as error:
-        raise IncompatibleError(f"merge method {name!r}: {error}") from error
+    return build(name, METHODS[name], options)

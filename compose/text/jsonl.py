@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from compose.errors import ExamplesError
+from compose.files.paths import is_file
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ def read_jsonl(
     Raises:
         ExamplesError: A file is missing, too large or empty; or lines are bad, all named with file and number.
     """
-    absent = [file for file in files if not file.is_file()]
+    absent = [file for file in files if not is_file(file)]
     raise_problems([f"{file}: no such file; give a JSONL file with one example per line" for file in absent])
     size = sum(file.stat().st_size for file in files)
     if size > max_bytes:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from compose.errors import AdapterFormatError, ComposeError
+from compose.files.paths import is_file
 from compose.files.strict_json import parse_object
 
 MOST_BYTES = 2**20
@@ -31,7 +32,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ComposeError: No such file, too large, not YAML, more than one document, an alias, a duplicate key, a key that
             is not text, a tag, a number beyond 64 bits or float64, or no mapping.
     """
-    if not file.is_file():
+    if not is_file(file):
         raise ComposeError(f"{file}: no such file; give a recipe, a YAML file of keys and values")
     if file.stat().st_size > MOST_BYTES:
         raise ComposeError(f"{file}: {file.stat().st_size} bytes; a recipe must have at most {MOST_BYTES}")

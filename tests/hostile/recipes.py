@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from compose.adapter import Adapter
+from compose.bank import Bank
 from compose.cli.loading import checked_device
 from compose.cli.merge import open_bank, passed_options
 from compose.cli.merge_data import check_data, run_with_data
@@ -39,8 +40,14 @@ def merge_recipe(file: Path, *, bank: Path | None = None) -> Adapter:
             seed=request.seed, **options,
         )  # fmt: skip
     adapter_files(merged.adapter)
-    for target, update in merged.adapter.targets.items():
+    check_merged(merged.adapter, bank)
+    return merged.adapter
+
+
+def check_merged(adapter: Adapter, bank: Bank) -> None:
+    """Raise an AssertionError where an update is not finite or does not have the shape that the bank has for it."""
+    for target, update in adapter.targets.items():
+        delta = update.scaling * (update.b.float() @ update.a.float())
+        assert torch.isfinite(delta).all(), f"the merged update of {target} is not finite"
         shape = bank.targets[target]
         assert (update.in_features, update.out_features) == (shape.in_features, shape.out_features)
-        assert torch.isfinite(update.delta()).all(), f"the merged update of {target} is not finite"
-    return merged.adapter

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from compose.errors import ExamplesError, unknown_name
-from compose.text import jsonl
 from compose.text.encoding import pad
 from compose.text.examples import read_examples
 from compose.text.jsonl import BadLineError, read_jsonl
@@ -39,12 +38,11 @@ def test_problems_of_all_files_are_told_at_once(tmp_path) -> None:
     assert fourth == f"{files[2]}:1: n is negative"
 
 
-def test_the_size_limit_is_over_all_files(tmp_path, monkeypatch) -> None:
+def test_the_size_limit_is_over_all_files(tmp_path) -> None:
     files = [write(tmp_path, "a", '{"n": 1}'), write(tmp_path, "b", '{"n": 1}')]
-    monkeypatch.setattr(jsonl, "MAX_FILE_BYTES", 15)
-    assert len(read_jsonl(files[:1], number)) == 1
+    assert len(read_jsonl(files[:1], number, max_bytes=15)) == 1
     with pytest.raises(ExamplesError, match="and 1 more files: 16 bytes, at most 15"):
-        read_jsonl(files, number)
+        read_jsonl(files, number, max_bytes=15)
 
 
 def test_a_lone_surrogate_and_an_endless_number_are_bad_lines(tmp_path) -> None:
