@@ -179,11 +179,14 @@ def first(
     connection: sqlite3.Connection, ranking: Iterator[tuple[int, float]], filters: Filters, count: int
 ) -> Ranked:
     """Return the first ``count`` of a ranking that pass the filters; exact however few pass."""
-    passes = _filter(connection, filters)
+    passes = _row_by_row(connection, filters)
     rows: list[int] = []
     scores: list[float] = []
-    size = 2 * count
+    size, blocks = 2 * count, 0
     while len(rows) < count and (block := list(islice(ranking, size))):
+        blocks += 1
+        if blocks == 2 and (few := _looked_up(connection, filters)) is not None:
+            passes = few.intersection  # few pass, or the first block would have been enough
         allowed = passes([row for row, _ in block])
         for row, score in block:
             if row in allowed:
@@ -193,13 +196,16 @@ def first(
     return Ranked(rows[:count], scores[:count])
 
 
-def _filter(connection: sqlite3.Connection, filters: Filters) -> Callable[[Iterable[int]], set[int]]:
-    """Return what says which of some rows pass: one look-up where few adapters pass, else a look at each row."""
+def _looked_up(connection: sqlite3.Connection, filters: Filters) -> set[int] | None:
+    """Return all rows that pass, None where they are many."""
     clause, values = filters.clause()
     found = connection.execute(f"SELECT id FROM adapter WHERE {clause} LIMIT {_FEW + 1}", values).fetchall()
-    if len(found) <= _FEW:
-        few = {row for (row,) in found}
-        return few.intersection
+    return {row for (row,) in found} if len(found) <= _FEW else None
+
+
+def _row_by_row(connection: sqlite3.Connection, filters: Filters) -> Callable[[Iterable[int]], set[int]]:
+    """Return what looks at rows to say which of them pass."""
+    clause, values = filters.clause()
 
     def ask(rows: Iterable[int]) -> set[int]:
         query = f"SELECT id FROM adapter WHERE id IN (SELECT value FROM json_each(?)) AND {clause}"

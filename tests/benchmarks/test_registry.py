@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from compose.engine.layers import ComposedLinear
+from compose.hub_index import search
 from compose.kernels.grouped_lora import cpu as grouped_cpu
 from compose.kernels.mixture_lora import cpu as mixture_cpu
 from compose.merging.deltas import Deltas, Factors
@@ -82,13 +83,17 @@ def test_a_perturbed_output_turns_the_gate_red(
     def perturbed_kernel(*operands: object, **options: object) -> torch.Tensor:
         return grouped_forward(*operands, **options) * 1.1
 
-    grouped_forward = grouped_cpu.forward
+    def perturbed_ranking(*operands: object) -> search.Ranked:
+        return search.Ranked(*(part[1:] for part in first(*operands)))
+
+    grouped_forward, first = grouped_cpu.forward, search.first
     points = bench.cases[name].points(quick)
     point = next(points)
     point.gate()
     monkeypatch.setattr(grouped_cpu, "forward", perturbed_kernel)
     monkeypatch.setattr(ComposedLinear, "forward", perturbed)
     monkeypatch.setattr(Deltas, "combine", perturbed_merge)
+    monkeypatch.setattr(search, "first", perturbed_ranking)
     record = bench.run.run_point(point)
     assert record["status"] == "failed"
     assert record["reason"].startswith("gate is red")
