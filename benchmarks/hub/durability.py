@@ -1,7 +1,7 @@
 """What an index survives: ``python benchmarks/hub/durability.py [--only NAME ...] [--quick] [--json]``.
 
-Prints one row per test of spec/ecosystem.md 3.5: how often it tried and what it found. The exit code is 1 when
-anything that has to be 0 is not. No torch is imported: children are forked.
+Prints one row per test of spec/ecosystem.md 3.5: how often it tried and what it found; times go to stderr. The exit
+code is 1 when anything that has to be 0 is not. No torch is imported: children are forked.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
             skipped = {"skipped": found} if isinstance(found, str) else {"counts": found}
             print(json.dumps({"test": name, "seconds": round(seconds, 1), "bad": bad, **skipped}), flush=True)
         else:
-            print(row(known[name], found, bad, seconds), flush=True)
+            print(row(known[name], found, bad), flush=True)
+            print(f"{name}: {seconds:.0f} s{_rates(found)}", file=sys.stderr, flush=True)
     if "torch" in sys.modules:
         raise RuntimeError("torch was imported; the children would be forked from a process with threads")
     return int(failed)
@@ -94,13 +95,20 @@ def tests() -> dict[str, Test]:
     }  # fmt: skip
 
 
-def row(test: Test, found: dict[str, Any] | str, bad: list[str], seconds: float) -> str:
-    """Return a line of a Markdown table."""
+def row(test: Test, found: dict[str, Any] | str, bad: list[str]) -> str:
+    """Return a line of a Markdown table: the test, what it counted, and what has to be 0."""
     if isinstance(found, str):
-        return f"| {test.name} | skipped: {found} | | |"
-    counts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name not in test.zero)
-    zero = ", ".join(f"{name.replace('_', ' ')} {found[name]}" for name in test.zero)
-    return f"| {test.name} | {counts} | {zero}{' **FAILED**' if bad else ''} | {seconds:.0f} s |"
+        return f"| {test.name} | skipped: {found} | |"
+    shown = [name for name in found if name not in test.zero and not name.endswith("_per_s")]
+    counts, zero = (
+        ", ".join(f"{name.replace('_', ' ')} {found[name]}" for name in names) for names in (shown, test.zero)
+    )
+    return f"| {test.name} | {counts} | {zero}{' **FAILED**' if bad else ''} |"
+
+
+def _rates(found: dict[str, Any] | str) -> str:
+    rates = [] if isinstance(found, str) else [name for name in found if name.endswith("_per_s")]
+    return "".join(f", {found[name]} {name.replace('_', ' ')}" for name in rates)  # type: ignore[index]
 
 
 def _parser() -> argparse.ArgumentParser:
