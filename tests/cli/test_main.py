@@ -12,12 +12,14 @@ from compose.cli.main import build_app, guarded
 from compose.errors import ComposeError
 
 NAMES = [
+    "audit",
     "compress",
     "convert",
     "demo",
     "doctor",
     "eval",
     "generate",
+    "index",
     "inspect",
     "merge",
     "retrieve",
@@ -25,7 +27,8 @@ NAMES = [
     "search",
     "train",
 ]
-SUBCOMMANDS = [["demo", "build"]]
+INDEX_WORDS = ["add", "audit", "embed", "export", "gc", "import", "ls", "query", "remove", "show", "verify"]
+SUBCOMMANDS = [["demo", "build"], *(["index", word] for word in INDEX_WORDS)]
 
 
 def test_the_commands_are_the_files_of_the_folder() -> None:
