@@ -61,6 +61,15 @@ PreselectOption = Annotated[
     Literal["loss", "random", "embedding"],
     typer.Option("--preselect", help="How candidates are chosen from a larger bank.", rich_help_panel=SEARCH),
 ]
+RetrieverFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--retriever",
+        metavar="FOLDER",
+        help="With --preselect embedding: a saved retriever; --demo has one.",
+        rich_help_panel=SEARCH,
+    ),
+]
 Folds = Annotated[
     int, typer.Option("--folds", help="Folds by which auto judges its choice; 0: none.", rich_help_panel=SEARCH)
 ]
@@ -101,6 +110,7 @@ def search(  # noqa: PLR0913 - one parameter per option
     budget: Budget = None,
     candidates: Candidates = 20,
     preselect: PreselectOption = "loss",
+    retriever: RetrieverFolder = None,
     folds: Folds = 5,
     l1: L1 = 0.2,
     seed: Seed = 0,
@@ -148,6 +158,7 @@ def _run(request: SearchRequest, *, as_json: bool) -> None:
             inputs.examples,
             test=inputs.test,
             settings=settings,
+            ranker=inputs.ranker,
             out=request.out,
             resume=request.resume,
             force=request.force,
@@ -174,6 +185,7 @@ COMMANDS.register("search")(
         examples=(
             "compose search --base ./base --bank ./bank --examples few.jsonl --test heldout.jsonl --out runs/task",
             "compose search --base ./base --bank ./bank --examples few.jsonl --dry-run",
+            "compose search --base B --bank D --examples f.jsonl --preselect embedding --retriever R --out runs/task",
             "compose search --demo list",
             "compose search --demo TASK --shots 5 --out runs/demo",
         ),

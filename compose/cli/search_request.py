@@ -13,6 +13,7 @@ from compose.errors import ComposeError
 if TYPE_CHECKING:
     from compose.bank import Bank
     from compose.fewshot.loading import LoadedModel
+    from compose.fewshot.preselect import Ranker
     from compose.fewshot.settings import SearchSettings
     from compose.text.examples import Example
 
@@ -20,12 +21,13 @@ DEMO_SHOTS = 5
 
 
 class SearchInputs(NamedTuple):
-    """What a search works on."""
+    """What a search works on; ``ranker``: what orders the bank, where it is preselected by embedding."""
 
     loaded: LoadedModel
     bank: Bank
     examples: list[Example]
     test: list[Example]
+    ranker: Ranker | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class SearchRequest:
     budget: float | None
     candidates: int
     preselect: str
+    retriever: Path | None
     folds: int
     l1: float
     seed: int
@@ -62,7 +65,7 @@ class SearchRequest:
     dry_run: bool
 
     def __post_init__(self) -> None:
-        problems = [*self._input_problems(), *self._output_problems()]
+        problems = [*self._input_problems(), *self._retriever_problems(), *self._output_problems()]
         if problems:
             raise ComposeError("; ".join(problems))
 
@@ -113,7 +116,16 @@ class SearchRequest:
             test = [] if self.test is None else read_examples(self.test)
             bank = Bank.open(list(self.bank or []))
             base = _given(self.base)
-        return SearchInputs(load_base(base, device=self.device, dtype=self.dtype), bank, examples, test)
+        loaded = load_base(base, device=self.device, dtype=self.dtype)
+        return SearchInputs(loaded, bank, examples, test, self._ranker(loaded, bank.names))
+
+    def _ranker(self, loaded: LoadedModel, names: Sequence[str]) -> Ranker | None:
+        if self.preselect != "embedding" or self.dry_run or len(names) <= self.candidates:
+            return None
+        from compose.cli.retriever_source import RetrieverSource
+
+        source = RetrieverSource(self.retriever, demo=self.retriever is None)
+        return source.open(lambda: (loaded.model, loaded.tokenizer)).ranker(names)
 
     def _input_problems(self) -> list[str]:
         paths = {"--base": self.base, "--bank": self.bank, "--examples": self.examples, "--test": self.test}
@@ -132,6 +144,15 @@ class SearchRequest:
         files = {"--examples": self.examples, "--test": self.test}
         problems += [f"{name}: no such file: {path}" for name, path in files.items() if path and not path.is_file()]
         return problems + [f"--bank: no such folder: {path}" for path in self.bank or [] if not path.is_dir()]
+
+    def _retriever_problems(self) -> list[str]:
+        if self.retriever is not None and self.preselect != "embedding":
+            return [f"--retriever goes with --preselect embedding, not {self.preselect}"]
+        if self.retriever is not None and not self.retriever.is_dir():
+            return [f"--retriever: no such folder: {self.retriever}"]
+        if self.preselect == "embedding" and self.retriever is None and self.demo is None:
+            return ["--preselect embedding needs --retriever FOLDER (compose retrieve ... --save FOLDER makes one)"]
+        return []
 
     def _output_problems(self) -> list[str]:
         problems = []

@@ -23,12 +23,13 @@ NAMES = [
     "inspect",
     "merge",
     "retrieve",
+    "retriever",
     "route",
     "search",
     "train",
 ]
 INDEX_WORDS = ["add", "audit", "embed", "export", "gc", "import", "ls", "query", "remove", "show", "verify"]
-SUBCOMMANDS = [["demo", "build"], *(["index", word] for word in INDEX_WORDS)]
+SUBCOMMANDS = [["demo", "build"], ["retriever", "train"], *(["index", word] for word in INDEX_WORDS)]
 
 
 def test_the_commands_are_the_files_of_the_folder() -> None:

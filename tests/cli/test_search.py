@@ -18,7 +18,7 @@ COLUMNS = {"COLUMNS": "150"}
 DEFAULTS = {
     "base": "b", "bank": (), "examples": None, "test": None, "demo": None, "shots": None, "draw": None,
     "device": "cpu", "dtype": "auto", "strategy": "auto", "combine": "outputs", "layers": None, "budget": None,
-    "candidates": 20, "preselect": "loss", "l1": 0.2, "folds": 5, "seed": 0, "controls": "auto",
+    "candidates": 20, "preselect": "loss", "retriever": None, "l1": 0.2, "folds": 5, "seed": 0, "controls": "auto",
     "rank": None, "out": None, "resume": False, "force": False, "dry_run": False,
 }  # fmt: skip
 
@@ -212,3 +212,41 @@ def test_ctrl_c_saves_exits_with_130_and_the_printed_command_finishes_the_run(
     first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "whole"))
     assert first["weights"] == second["weights"]
     assert first["search"]["history"] == second["search"]["history"]
+
+
+@pytest.fixture(scope="module")
+def retriever_folder(workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved retriever over hidden states of the tiny base."""
+    from compose.cli.loading import load_base
+    from compose.retriever.encoders import HiddenStateEncoder
+    from compose.retriever.retriever import Retriever
+
+    loaded = load_base(str(workspace.base), device="cpu", dtype="auto")
+    texts = {"alpha": ["zzz", "zz"], "beta": ["say a b:", "say x y:"], "gamma": ["say q r:", "say c c:"]}
+    encoder = HiddenStateEncoder(loaded.model, loaded.tokenizer)
+    return Retriever.fit(encoder, texts, "mean").save(tmp_path_factory.mktemp("retriever") / "saved")
+
+
+def test_candidates_are_preselected_by_a_saved_retriever(search_options, retriever_folder, tmp_path: Path) -> None:
+    options = ["--preselect", "embedding", "--retriever", str(retriever_folder), "--candidates", "2"]
+    result = invoke(*search_options, *options, "--controls", "none", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["search"]["preselection_cost"] == 0
+    assert report["weights"]["adapters"] == ["beta", "gamma"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preselect", "embedding"], "needs --retriever FOLDER"),
+        (["--preselect", "embedding", "--retriever", "/nowhere"], "no such folder: /nowhere"),
+        (["--retriever", "/"], "--retriever goes with --preselect embedding"),
+        (["--preselect", "embedding", "--retriever", "/", "--candidates", "2"], "no retriever.json in /"),
+    ],
+)
+def test_a_retriever_that_cannot_preselect_is_refused(search_options, options, message, tmp_path: Path) -> None:
+    result = invoke(*search_options, *options, "--out", str(tmp_path / "run"))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
