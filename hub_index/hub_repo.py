@@ -63,10 +63,12 @@ def fetch(repo: RepoId, *, allow_pickle: bool = False, cache: Path | None = None
     except ImportError:
         raise BackendUnavailableError("repositories need huggingface_hub. Run: pip install huggingface_hub") from None
     patterns = [*PATTERNS, *([f"*{LEGACY_NAME}"] if allow_pickle else [])]
-    wanted = {"repo_id": repo.repo_id, "revision": repo.revision or None, "cache_dir": cache}
     try:
         _refuse_large(repo, patterns, cache)
-        return Path(snapshot_download(**wanted, allow_patterns=patterns))  # type: ignore[arg-type]
+        place = snapshot_download(
+            repo.repo_id, revision=repo.revision or None, cache_dir=cache, allow_patterns=patterns
+        )
+        return Path(place)
     except LocalEntryNotFoundError as error:
         raise HubIndexError(_offline(repo, error)) from None
     except (HfHubHTTPError, HFValidationError) as error:
@@ -80,7 +82,7 @@ def _refuse_large(repo: RepoId, patterns: list[str], cache: Path | None) -> None
     from huggingface_hub.errors import DryRunError
     from huggingface_hub.utils import tqdm
 
-    class Silent(tqdm):  # type: ignore[misc,type-arg]
+    class Silent(tqdm):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "disable": True})
 

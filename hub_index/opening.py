@@ -28,7 +28,7 @@ class Chosen(NamedTuple):
         without_files: Names that a query found and that are known by description alone -> what to do.
     """
 
-    adapters: list[tuple[AdapterRecord | AdapterSummary, Path]]
+    adapters: Sequence[tuple[AdapterRecord | AdapterSummary, Path]]
     base: str | None
     without_files: Mapping[str, str]
 
@@ -59,6 +59,7 @@ def choose(
         raise HubIndexError("names say exactly which adapters; leave query and k out, or names")
     if k is not None and k < 1:
         raise HubIndexError(f"k must be at least 1, got {k}")
+    found: Sequence[AdapterRecord | AdapterSummary]
     with nullcontext(index) if isinstance(index, Index) else Index.open(index, readonly=True) as opened:
         if names is not None:
             found = _by_names(opened, names, base, quarantined)

@@ -33,8 +33,8 @@ class _MergedLora:
     @staticmethod
     def parse(config: Mapping[str, Any]) -> LoraConfig:
         enabled = config.get("enable_lora")
-        listed = isinstance(enabled, list) and all(type(item) is bool for item in enabled)
-        if not listed or not any(enabled) or len(enabled) > MAX_PROJECTIONS:
+        listed = enabled if isinstance(enabled, list) else []
+        if not any(listed) or len(listed) > MAX_PROJECTIONS or not all(type(item) is bool for item in listed):
             raise AdapterFormatError(
                 f"enable_lora must be a list of at most {MAX_PROJECTIONS} times true and false, got {enabled!r:.100}; "
                 "it says which projections of a fused layer are adapted, in order"
