@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -151,7 +151,7 @@ def _checkpoint(folder: Path) -> list[Path]:
     raise IncompatibleError(f"{folder}: no model.safetensors (or its index); the audit reads base models from these")
 
 
-def _json(path: Path) -> dict[str, object]:
+def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_bytes(path, max_bytes=_MAX_JSON_BYTES))
     except (AdapterFormatError, ValueError, RecursionError) as error:

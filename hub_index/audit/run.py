@@ -26,7 +26,7 @@ from compose.hub_index.audit.subjects import (
     member_of,
     members_from_index,
 )
-from compose.hub_index.records import AuditFinding
+from compose.hub_index.records import AuditFinding, Severity
 from compose.hub_index.store import Index
 
 _FAR = 2 * LIMIT
@@ -211,14 +211,16 @@ def _outlier_findings(outliers: Sequence[Outlier], siblings: int, without: int) 
         more = f"; {without} adapters of this base in the index have no statistics yet" if without else ""
         text = f"{siblings} siblings of the same base, targets and ranks; {FEWEST} are needed to compare with{more}"
         return [finding("stats.no-reference", "info", text)]
-    found = []
-    for one in outliers:
-        if one.score > LIMIT:
-            severity = "high" if one.score > _FAR else "medium"
-            found.append(
-                finding(f"stats.{one.feature}", severity, _outlier_text(one, f"{siblings} siblings"), one.module)
-            )
-    return found
+    company = f"{siblings} siblings"
+    return [
+        finding(f"stats.{one.feature}", _grade(one.score), _outlier_text(one, company), one.module)
+        for one in outliers
+        if one.score > LIMIT
+    ]
+
+
+def _grade(score: float) -> Severity:
+    return "high" if score > _FAR else "medium"
 
 
 def _outlier_text(one: Outlier, company: str) -> str:
@@ -256,15 +258,14 @@ def _composed_findings(found: Composition, base: BaseModel | None) -> list[Audit
         findings.append(finding("composed.no-reference", "info", text))
     for one in found.outliers:
         if one.score > LIMIT:
-            severity = "high" if one.score > _FAR else "medium"
             text = _outlier_text(one, f"{found.draws} compositions of siblings")
-            findings.append(finding(f"composed.{one.feature}", severity, text, one.module))
-    for module, one in found.statistics.items():
+            findings.append(finding(f"composed.{one.feature}", _grade(one.score), text, one.module))
+    for module, target in found.statistics.items():
         weight = base.norm(module) if base is not None else None
-        if weight is not None and one.whole.fro > weight:
-            text = f"{module}: |sum| {one.whole.fro:.3g} is more than |weight| {weight:.3g}"
+        if weight is not None and target.whole.fro > weight:
+            text = f"{module}: |sum| {target.whole.fro:.3g} is more than |weight| {weight:.3g}"
             findings.append(finding("composed.base-norm", "medium", text, module))
-        if one.whole.num_nonfinite:
+        if target.whole.num_nonfinite:
             findings.append(finding("composed.overflow", "critical", f"{module}: the sum is beyond float64", module))
     return findings
 

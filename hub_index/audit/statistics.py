@@ -68,16 +68,32 @@ class ModuleStatistics:
         return self.leading[0] if self.leading else 0.0
 
     def to_record(self) -> StatRecord:
-        """Return what an index stores of it."""
+        """Return what an index stores of it; numbers that are not defined are None there."""
+        finite, shaped = self.num_nonfinite == 0, self.fro > 0
         return StatRecord(
             module=self.module,
-            sigma1=self.sigma1,
-            fro=self.fro,
-            energy1=self.energy1,
-            spec_entropy=self.spec_entropy,
-            kurtosis=self.kurtosis,
+            sigma1=self.sigma1 if finite else None,
+            fro=self.fro if finite else None,
+            energy1=self.energy1 if shaped else None,
+            spec_entropy=self.spec_entropy if shaped else None,
+            kurtosis=self.kurtosis if shaped else None,
             num_nonfinite=self.num_nonfinite,
             b_zero=self.b_zero,
+        )
+
+    @classmethod
+    def of_record(cls, record: StatRecord, rank: int) -> ModuleStatistics:
+        """Return what an index stored, with the leading singular value alone."""
+        return cls(
+            record.module,
+            rank,
+            leading=(record.sigma1,) if record.sigma1 else (),
+            fro=record.fro or 0.0,
+            energy1=record.energy1 or 0.0,
+            spec_entropy=record.spec_entropy or 0.0,
+            kurtosis=record.kurtosis or 0.0,
+            num_nonfinite=record.num_nonfinite,
+            b_zero=record.b_zero,
         )
 
 

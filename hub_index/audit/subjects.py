@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -33,7 +33,7 @@ class FromIndex(NamedTuple):
     """Adapters of an index to compare with.
 
     Attributes:
-        members: Those whose statistics the index holds.
+        members: Those with usable statistics in the index.
         without: How many others of the same bases there are.
     """
 
@@ -46,7 +46,7 @@ def evidence_of(
 ) -> list[Evidence]:
     """Return what is to be audited, one entry per adapter.
 
-    A text without a folder of that name is a name of the index.
+    A text without a folder of that name is a name of the index. What an index took in with whole modules may keep them.
 
     Raises:
         ComposeError: There is no such folder or name, or the folder holds no adapter.
@@ -100,7 +100,7 @@ def members_from_index(index: Index | None, bases: Iterable[str]) -> FromIndex:
     members, without = [], 0
     for base in sorted({base for base in bases if base}):
         for record in index.records(Filters(base=base)):
-            if record.stats:
+            if _usable(record):
                 members.append(_of_record(index, record))
             else:
                 without += 1
@@ -108,11 +108,17 @@ def members_from_index(index: Index | None, bases: Iterable[str]) -> FromIndex:
 
 
 def _of_record(index: Index, record: AdapterRecord) -> Member:
-    known = {one.module for one in record.stats}
-    targets = [(one.name, one.out_features, one.in_features, one.rank) for one in record.modules if one.name in known]
+    known = {one.name: one for one in record.modules}
+    statistics = {one.module: ModuleStatistics.of_record(one, known[one.module].rank) for one in record.stats}
+    targets = [(name, known[name].out_features, known[name].in_features, known[name].rank) for name in statistics]
     load = _reader(index.folder_of(record), record.sha256_weights) if record.path else None
-    statistics = {one.module: one for one in record.stats}
     return Member(record.name, group_key(record.base_id, targets), statistics, record.sha256_weights, load)
+
+
+def _usable(record: AdapterRecord) -> bool:
+    """Whether the index holds statistics of targets that it knows, none of them of values that are not finite."""
+    modules = {one.name for one in record.modules}
+    return bool(record.stats) and all(one.module in modules and not one.num_nonfinite for one in record.stats)
 
 
 def _reader(folder: Path, sha256: str) -> Callable[[], Adapter]:

@@ -106,3 +106,20 @@ def test_an_adapter_of_zeros_is_far_off_and_spoils_no_group(sibling, siblings) -
     reference = Reference.of([*siblings, zero])
     assert reference.compare(Member.of(zero))[0].score > LIMIT
     assert np.isfinite([one.score for one in reference.compare(Member.of(sibling("x", 100)))]).all()
+
+
+def test_the_summaries_of_a_member_are_compared_with_those_of_the_others() -> None:
+    generator = np.random.default_rng(0)
+    table = generator.normal(size=(6, 3, 1))
+    group = Group(["a", "b", "c"], [Feature("x", 1e-9)], table)
+    shifts = []
+    for number in range(6):
+        others = np.delete(table, number, axis=0)
+        centre = np.median(others, axis=0)
+        spread = 1.4826 * np.median(np.abs(others - centre), axis=0)
+        shifts.append(float(np.median((table[number] - centre) / spread)))
+    rest = np.array(shifts[1:])
+    expected = abs(shifts[0] - np.median(rest)) / max(1.4826 * np.median(np.abs(rest - np.median(rest))), 0.5)
+    found = next(one for one in group.compare_member(0) if one.kind == "shift")
+    assert found.z == pytest.approx(shifts[0])
+    assert found.score == pytest.approx(expected)

@@ -121,6 +121,15 @@ def test_an_index_remembers_statistics_and_serves_as_reference(index: Index, ban
     assert by_rule(twin.findings)["copies.exact"] == ["the same weights as sibling-0"]
 
 
+def test_several_names_of_an_index_are_audited_at_once(index: Index, bank: Path) -> None:
+    names = [one.name for one in index.ls()]
+    report = audit(names, index=index)
+    assert [one.name for one in report.adapters] == names
+    found = {one.name: one for one in report.adapters}
+    assert (found["loud"].state, found["loud"].siblings) == ("compared", 24)
+    assert not any(rule.startswith("copies.") for one in report.adapters for rule in by_rule(one.findings))
+
+
 def test_a_refused_adapter_is_quarantined_with_its_reasons(index: Index, tmp_path: Path, siblings) -> None:
     folder = write_adapter(siblings[28], tmp_path / "bad")
     sha256 = read_adapter(folder).sha256

@@ -1,12 +1,14 @@
 """Statistics from factors against dense float64 deltas; independence of the split into factors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from compose.adapter import LowRank
 from compose.hub_index.audit.statistics import (
+    ModuleStatistics,
     _factor_moments,
     _row_moments,
     factor_statistics,
@@ -97,5 +99,11 @@ def test_zeros_and_values_that_are_not_finite() -> None:
     assert module_statistics("m", LowRank(torch.ones(1, 2), torch.ones(2, 1), math.inf)).num_nonfinite == 1
     huge = LowRank(torch.full((1, 2), 1e200, dtype=torch.float64), torch.full((2, 1), 1e200, dtype=torch.float64), 1.0)
     assert module_statistics("m", huge).num_nonfinite == 1
-    for one in (zero, found):
-        one.to_record()  # an index can hold it
+    assert (zero.to_record().fro, zero.to_record().kurtosis) == (0.0, None)
+    assert (found.to_record().fro, found.to_record().num_nonfinite) == (None, 2)
+
+
+def test_what_an_index_stores_comes_back() -> None:
+    found = module_statistics("m", LowRank(torch.randn(3, 12), torch.randn(10, 3), 0.5))
+    again = ModuleStatistics.of_record(found.to_record(), 3)
+    assert replace(found, leading=found.leading[:1]) == again
