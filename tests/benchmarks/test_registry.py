@@ -18,6 +18,7 @@ from compose.hub_index import search
 from compose.kernels.grouped_lora import cpu as grouped_cpu
 from compose.kernels.mixture_lora import cpu as mixture_cpu
 from compose.merging.deltas import Deltas, Factors
+from compose.retriever.vectors import numpy_
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = sorted(path.stem for path in (BENCHMARKS / "cases").glob("[a-z]*.py"))
@@ -86,7 +87,11 @@ def test_a_perturbed_output_turns_the_gate_red(
     def perturbed_ranking(*operands: object) -> search.Ranked:
         return search.Ranked(*(part[1:] for part in first(*operands)))
 
-    grouped_forward, first = grouped_cpu.forward, search.first
+    def perturbed_neighbours(*operands: object) -> tuple[object, object]:
+        rows, scores = exact(*operands)
+        return (rows + 1) % 100, scores
+
+    grouped_forward, first, exact = grouped_cpu.forward, search.first, numpy_.exact
     points = bench.cases[name].points(quick)
     point = next(points)
     point.gate()
@@ -94,6 +99,7 @@ def test_a_perturbed_output_turns_the_gate_red(
     monkeypatch.setattr(ComposedLinear, "forward", perturbed)
     monkeypatch.setattr(Deltas, "combine", perturbed_merge)
     monkeypatch.setattr(search, "first", perturbed_ranking)
+    monkeypatch.setattr(numpy_, "exact", perturbed_neighbours)
     record = bench.run.run_point(point)
     assert record["status"] == "failed"
     assert record["reason"].startswith("gate is red")
