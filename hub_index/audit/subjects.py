@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -46,7 +46,7 @@ def evidence_of(
 ) -> list[Evidence]:
     """Return what is to be audited, one entry per adapter.
 
-    A text without a folder of that name is a name of the index. What an index took in with whole modules may keep them.
+    A text without a folder of that name is a name of the index. What it took in with whole modules may keep them.
 
     Raises:
         ComposeError: There is no such folder or name, or the folder holds no adapter.
@@ -60,7 +60,8 @@ def evidence_of(
     else:
         found = [Evidence.of_adapter(target[name]) for name in target]
     for one in found:
-        one.base, one.fingerprint, one.full_modules = base, fingerprint, full_modules
+        one.base, one.fingerprint = base, fingerprint
+        one.full_modules = full_modules or (one.record is not None and bool(one.record.modules_to_save))
     return found
 
 
