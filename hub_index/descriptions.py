@@ -172,7 +172,7 @@ def _changed(record: AdapterRecord, fields: Mapping[str, Any]) -> AdapterRecord:
 def _add_folder(index: Index, one: Description, options: Options, root: Path) -> Outcome:
     assert one.folder is not None  # noqa: S101 - asked for by the caller
     try:
-        record, notes = examine(index, Candidate(one.folder, root), one.name, options, "dir")
+        record, notes = examine(index, Candidate(one.folder, root), one.name, options)
         return store(index, _changed(record, one.fields), str(one.line), notes, replace=options.replace)
     except ComposeError as error:
         return outcome_of(error, str(one.line), one.name)

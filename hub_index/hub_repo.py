@@ -16,15 +16,15 @@ from compose.formats.peft_folder import CONFIG_NAME, LEGACY_NAME, WEIGHTS_NAME
 
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
-PATTERNS = (
-    f"*{CONFIG_NAME}",
-    f"*{WEIGHTS_NAME}",
-    "*compeft_config.json",
-    "*adapter_model.compeft.safetensors",
-    "*README.md",
-    "*.eval_results/*.yaml",
-    "*merge.json",
-    "*report.json",
+FILES = (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    "compeft_config.json",
+    "adapter_model.compeft.safetensors",
+    "README.md",
+    ".eval_results/*.yaml",
+    "merge.json",
+    "report.json",
 )
 
 
@@ -62,9 +62,9 @@ def fetch(repo: RepoId, *, allow_pickle: bool = False, cache: Path | None = None
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise BackendUnavailableError("repositories need huggingface_hub. Run: pip install huggingface_hub") from None
-    patterns = [*PATTERNS, *([f"*{LEGACY_NAME}"] if allow_pickle else [])]
+    patterns = _anywhere(*FILES, *([LEGACY_NAME] if allow_pickle else []))
     try:
-        _refuse_large(repo, patterns, cache)
+        _look(repo, _anywhere(*FILES, LEGACY_NAME), cache, allow_pickle)
         place = snapshot_download(
             repo.repo_id, revision=repo.revision or None, cache_dir=cache, allow_patterns=patterns
         )
@@ -76,8 +76,16 @@ def fetch(repo: RepoId, *, allow_pickle: bool = False, cache: Path | None = None
         raise HubIndexError(message) from None
 
 
-def _refuse_large(repo: RepoId, patterns: list[str], cache: Path | None) -> None:
-    """Refuse a repository with a file that would not be read anyway, before it is downloaded; offline nothing is."""
+def _anywhere(*names: str) -> list[str]:
+    """Return patterns for files of these names in the repository's folder or any below."""
+    return [*names, *(f"*/{name}" for name in names)]
+
+
+def _look(repo: RepoId, patterns: list[str], cache: Path | None, allow_pickle: bool) -> None:
+    """Refuse, before anything is downloaded, a file that would not be read and weights that are only pickled.
+
+    Offline the cache is taken as it is.
+    """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import DryRunError
     from huggingface_hub.utils import tqdm
@@ -99,6 +107,13 @@ def _refuse_large(repo: RepoId, patterns: list[str], cache: Path | None) -> None
         )
     except DryRunError:  # not reachable: what the cache has will do
         return
+    names = {one.filename for one in listed}
+    pickled = sorted(name for name in names if name.rpartition("/")[2] == LEGACY_NAME)
+    if pickled and not allow_pickle and not any(name.endswith(".safetensors") for name in names):
+        raise HubIndexError(
+            f"{_label(repo)}: the weights are pickled ({pickled[0]}), which can run code; nothing was downloaded. If "
+            "you trust them, add it with --allow-pickle; they are then converted in a bounded process"
+        )
     large = [one for one in listed if one.file_size is not None and one.file_size > MAX_FILE_BYTES]
     if large:
         raise HubIndexError(

@@ -114,7 +114,6 @@ def add_tree(
     options: Options,
     *,
     name: str | None = None,
-    source: Literal["dir", "hub"] = "dir",
     on_adapter: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
     """Take in an adapter folder, or every adapter of a tree of folders, one transaction each.
@@ -124,7 +123,6 @@ def add_tree(
         folder: An adapter or a tree; hidden folders are skipped, links that lead out of it are refused.
         options: How.
         name: Of a single adapter; its folder's name by default.
-        source: What the records say of where they came from.
         on_adapter: Called with every outcome as it stands.
 
     Returns:
@@ -146,7 +144,7 @@ def add_tree(
         Outcome(path.name, "refused", str(path), (str(error),), error.code) for path, error in found.refused.items()
     ]
     for candidate, chosen in zip(found.candidates, names, strict=True):
-        outcomes.append(add_candidate(index, candidate, chosen, options, source))
+        outcomes.append(add_candidate(index, candidate, chosen, options))
         if on_adapter is not None:
             on_adapter(outcomes[-1])
     return outcomes
@@ -164,10 +162,10 @@ def add_file(path: Path) -> Outcome:
         return Outcome(path.stem, "refused", str(path), (str(error),), error.code)
 
 
-def add_candidate(index: Index, candidate: Candidate, name: str, options: Options, source: str) -> Outcome:
+def add_candidate(index: Index, candidate: Candidate, name: str, options: Options) -> Outcome:
     """Take in one folder; an error about it is an outcome, not an exception."""
     try:
-        record, notes = examine(index, candidate, name, options, source)
+        record, notes = examine(index, candidate, name, options)
         return store(index, record, str(candidate.folder), notes, replace=options.replace)
     except AdapterFormatError as error:
         return Outcome(name or candidate.folder.name, "refused", str(candidate.folder), (str(error),), code_of(error))
@@ -189,9 +187,7 @@ def store(index: Index, record: AdapterRecord, place: str, notes: Iterable[str],
     return Outcome(added.name, record.status, place, record.reasons, notes=tuple(notes))  # type: ignore[arg-type]
 
 
-def examine(
-    index: Index, candidate: Candidate, name: str, options: Options, source: str
-) -> tuple[AdapterRecord, tuple[str, ...]]:
+def examine(index: Index, candidate: Candidate, name: str, options: Options) -> tuple[AdapterRecord, tuple[str, ...]]:
     """Return the record of one adapter folder, and notes; nothing is written but what `convert_pickled` makes.
 
     Raises:
@@ -225,7 +221,7 @@ def examine(
     path = str(folder.relative_to(index.path.absolute().parent)) if pickled else str(folder)
     record = AdapterRecord(
         name=name,
-        source=source,  # type: ignore[arg-type]
+        source="hub" if candidate.repo_id else "dir",
         repo_id=candidate.repo_id,
         revision=candidate.revision,
         path=path,

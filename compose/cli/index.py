@@ -112,7 +112,9 @@ def add(
         outcomes = _add_all(opened, sources, name, options)
     if json:
         adapters = [one._asdict() for one in outcomes]
-        print_json({"schema_version": SCHEMA, "index": str(index_path(index)), "adapters": adapters})
+        states = [one.state for one in outcomes]
+        counts = {state: states.count(state) for state in dict.fromkeys(states)}
+        print_json({"schema_version": SCHEMA, "index": str(index_path(index)), "counts": counts, "adapters": adapters})
     else:
         _show_outcomes(outcomes)
     if any(one.state == "refused" for one in outcomes):
@@ -176,7 +178,7 @@ def _add_source(index: Index, source: str, name: str | None, options: Options) -
             f"{source!r:.200}: neither a folder, nor a file, nor a Hugging Face id (owner/name or owner/name@revision)"
         )
     note(f"{repo.repo_id}: looking it up")
-    return add_tree(index, fetch(repo, allow_pickle=options.allow_pickle), options, name=name, source="hub")
+    return add_tree(index, fetch(repo, allow_pickle=options.allow_pickle), options, name=name)
 
 
 def _show_outcomes(outcomes: list[Outcome]) -> None:

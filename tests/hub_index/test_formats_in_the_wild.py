@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import compose
+from compose.formats import FORMATS
 from compose.hub_index import Index
 from compose.hub_index.ingest import Options, add_tree
+from compose.hub_index.verify import verify
 from tests.formats.peft_models import LLAMA, build
 from tests.hub_index.folders import PREFIX, make, tensors
 
@@ -141,6 +143,16 @@ def test_fused_lora_of_2023_is_active(index: Index, tmp_path: Path) -> None:
     record = index.get("x")
     assert (record.format, record.flags) == ("peft-legacy-merged", ("fan_in_fan_out", "fused"))
     assert [(one.rank, one.in_features, one.out_features) for one in record.modules] == [(4, 6, 15)]
+
+
+def test_compeft_is_active_and_verified(index: Index, tmp_path: Path) -> None:
+    adapter = compose.read_adapter(make(tmp_path / "plain"))
+    FORMATS["compeft"].write(adapter, tmp_path / "small")
+    assert add(index, tmp_path / "small").state == "active"
+    record = index.get("small")
+    assert (record.format, record.rank_max, len(record.modules)) == ("compeft", 2, 4)
+    assert [one.state for one in verify(index)] == ["ok"]
+    assert compose.Bank.from_index(index, names=["small"])["small"].targets
 
 
 def test_adapted_embeddings_with_their_copies_need_leave(index: Index, tiny_model, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def index(tmp_path: Path):
 def test_offline_the_cache_answers_and_the_commit_is_kept(index: Index, tmp_path: Path) -> None:
     put_in_cache(tmp_path / "cache", make(tmp_path / "made"))
     snapshot = fetch(RepoId("org/sums", "main"), cache=tmp_path / "cache")
-    (outcome,) = add_tree(index, snapshot, Options(), source="hub")
+    (outcome,) = add_tree(index, snapshot, Options())
     assert outcome[:2] == ("sums", "active")
     record = index.get("sums")
     assert (record.source, record.repo_id, record.revision) == ("hub", "org/sums", COMMIT)
@@ -109,7 +109,7 @@ def test_a_snapshot_that_links_out_of_its_repository_is_refused(index: Index, tm
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the Hub as a download asks for."""
 
-    folder: Path
+    root: Path
     asked: list[str]
 
     def log_message(self, *_: object) -> None:
@@ -120,14 +120,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if path.startswith("/api/models/org/sums/revision/"):
-            self._json({"id": "org/sums", "sha": COMMIT, "siblings": [], "tags": [], "downloads": 0})
-        elif path.startswith(f"/api/models/org/sums/tree/{COMMIT}"):
-            names = sorted(one for one in self.folder.rglob("*") if one.is_file())
-            listed = [{"path": str(one.relative_to(self.folder)), "size": one.stat().st_size} for one in names]
+        words = path.removeprefix("/api/models").split("/")[1:]
+        folder = self.root / words[1]
+        if folder.is_dir() and words[2:3] == ["revision"]:
+            self._json({"id": "/".join(words[:2]), "sha": COMMIT, "siblings": [], "tags": [], "downloads": 0})
+        elif folder.is_dir() and words[2:4] == ["tree", COMMIT]:
+            names = sorted(one for one in folder.rglob("*") if one.is_file())
+            listed = [{"path": str(one.relative_to(folder)), "size": one.stat().st_size} for one in names]
             self._json([{"type": "file", "oid": "0" * 40, **one} for one in listed])
-        elif path.startswith(f"/org/sums/resolve/{COMMIT}/"):
-            self._file(path.removeprefix(f"/org/sums/resolve/{COMMIT}/"))
+        elif folder.is_dir() and words[2:4] == ["resolve", COMMIT]:
+            self._file(folder, "/".join(words[4:]))
         else:
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")
@@ -136,10 +138,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def _json(self, value: object) -> None:
         self._send(json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _file(self, name: str) -> None:
-        data = (self.folder / name).read_bytes()
+    def _file(self, folder: Path, name: str) -> None:
+        data = (folder / name).read_bytes()
         if self.command == "GET":
-            self.asked.append(name)
+            self.asked.append(f"{folder.name}/{name}")
         self._send(data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
 
     def _send(self, data: bytes, headers: dict[str, str]) -> None:
@@ -153,13 +155,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path):
-    folder = make(tmp_path / "repository")
+    folder = make(tmp_path / "repository" / "sums")
+    pickled = make(tmp_path / "repository" / "old", 1)
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     (folder / "model.safetensors").write_bytes(b"a whole model")
     (folder / "optimizer.pt").write_bytes(b"a pickle")
     (folder / "adapter_model.bin").write_bytes(b"a pickle")
     (folder / ".eval_results").mkdir()
     (folder / ".eval_results" / "x.yaml").write_text("- dataset: {id: org/bench, task_id: t}\n  value: 3\n")
-    Hub.folder, Hub.asked = folder, []
+    Hub.root, Hub.asked = tmp_path / "repository", []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -171,16 +175,18 @@ def hub(tmp_path: Path):
 
 def test_only_files_of_adapters_are_downloaded(hub: str, call_index, tmp_path: Path) -> None:
     online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    done = call_index("add", "org/sums", "org/none", "--json", **online)
+    done = call_index("add", "org/sums", "org/none", "org/old", "--json", **online)
     assert done.returncode == 3, done.stderr
     adapters = json.loads(done.stdout)["adapters"]
     assert [(one["name"], one["state"], one["code"]) for one in adapters] == [
         ("sums", "active", ""),
         ("org/none", "refused", "source"),
+        ("org/old", "refused", "source"),
     ]
+    assert "the weights are pickled (adapter_model.bin)" in adapters[2]["reasons"][0]
     assert adapters[1]["reasons"][0].startswith("org/none: 404")
     assert sorted(Hub.asked) == [
-        ".eval_results/x.yaml", "README.md", "adapter_config.json", "adapter_model.safetensors",
+        "sums/.eval_results/x.yaml", "sums/README.md", "sums/adapter_config.json", "sums/adapter_model.safetensors",
     ]  # fmt: skip
     with Index.open(tmp_path / "cli.db", readonly=True) as index:
         record = index.get("sums")
