@@ -30,9 +30,8 @@ def kill_while_adding(folder: Path, rounds: int = 200, seed: int = 0) -> dict[st
         path = folder / f"kill-{round_ // ROUNDS_PER_INDEX}.db"
         start = 1_000 * (round_ % ROUNDS_PER_INDEX)
         child = Child(_add_for_ever(path, start))
-        ended = (
-            child.kill_after(draw.uniform(0, 0.03)) if start == 0 else child.kill_after(draw.uniform(0, 0.1), said=1)
-        )
+        said = 0 if start == 0 else draw.randrange(1, 12)
+        ended = child.kill_after(draw.uniform(0, 0.03), said=said)
         if ended.signal != 9:
             raise RuntimeError(f"the child ended by itself, with {ended}")
         _count(path, start, [int(line) for line in ended.said if line != "open"], counts)

@@ -11,20 +11,20 @@ from typing import Any
 from compose.errors import HubIndexError
 from compose.hub_index.store import Index
 from hub.children import Child
-from hub.records import make_record, number_of, same
+from hub.records import WORDS, make_record, number_of, same
 
 
 def write_together(folder: Path, writers: int = 8, each: int = 500, readers: int = 4) -> dict[str, Any]:
     """Let ``writers`` processes add ``each`` adapters, one durable transaction per adapter, beside ``readers``.
 
-    No process makes the file beforehand. A reader lists, asks and reads whole adapters without a pause, and counts
-    those that are not exactly what was added, adapters that vanish, and errors.
+    No process makes the file beforehand. A reader asks and reads whole adapters again and again, and counts those that
+    are not exactly what was added and those that vanish; an error ends it.
     """
     path = folder / "writers.db"
     stop = folder / "stop"
     started = time.monotonic()
     adding = [Child(_write(path, number * each, each)) for number in range(writers)]
-    reading = [Child(_read(path, stop, number)) for number in range(readers)]
+    reading = [Child(_read(path, stop, number, writers * each)) for number in range(readers)]
     ended = [child.wait() for child in adding]
     seconds = time.monotonic() - started
     stop.touch()
@@ -60,20 +60,25 @@ def _write(path: Path, start: int, count: int) -> Callable[[Callable[[str], None
     return work
 
 
-def _read(path: Path, stop: Path, seed: int) -> Callable[[Callable[[str], None]], int]:
+def _read(path: Path, stop: Path, seed: int, total: int) -> Callable[[Callable[[str], None]], int]:
     def work(say: Callable[[str], None]) -> int:
         draw = random.Random(seed)
-        reads = half = vanished = known = 0
+        reads = half = vanished = 0
+        seen: list[int] = []
         index = _open_when_made(path)
         while not stop.exists():
-            names = [one.name for one in index.ls()]
-            vanished += max(0, known - len(names))
-            known = len(names)
-            for name in draw.sample(names, min(20, len(names))):
-                half += not same(index.get(name), make_record(number_of(name)))
+            for hit in index.query(draw.choice(WORDS), k=3):
+                half += not same(index.get(hit.adapter.name), make_record(number_of(hit.adapter.name)))
                 reads += 1
-            index.query("translate news", k=3)
-            reads += 1
+            for number in (draw.randrange(total), draw.choice(seen or [0])):
+                record = make_record(number)
+                if record.name in index:
+                    half += not same(index.get(record.name), record)
+                    reads += 1
+                    seen.append(number)
+                else:
+                    vanished += number in seen
+            time.sleep(0.04)
         index.close()
         say(f"{reads} {half} {vanished}")
         return 0
