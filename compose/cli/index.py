@@ -21,6 +21,53 @@ if TYPE_CHECKING:
     from compose.hub_index.store import Index
 
 
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE...",
+        help="A folder, a tree of folders, a JSONL file of descriptions, or a Hugging Face id owner/name.",
+        show_default=False,
+    ),
+]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        "--name", metavar="NAME", help="Of a single adapter; its folder's by default.", rich_help_panel=INPUTS
+    ),
+]
+FitsBase = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="Refuse what does not fit this base model (a folder or cached id).",
+        rich_help_panel=INPUTS,
+    ),
+]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Take the place of an adapter with the same name or content.")
+]
+QuarantineAt = Annotated[
+    str,
+    typer.Option("--quarantine-at", metavar="SEVERITY", help="Findings that quarantine: low, medium, high, critical."),
+]
+FullModules = Annotated[
+    bool,
+    typer.Option(
+        "--allow-full-modules",
+        help="Take adapters that replace whole weights (modules_to_save); composition leaves these out.",
+    ),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Convert adapter_model.bin in a bounded process; only for files you trust.",
+        rich_help_panel=DANGEROUS,
+    ),
+]
+
+
 def index(context: typer.Context, index: IndexPath = None, json: Json = False) -> None:
     """Keep and search an index of adapters: one SQLite file, opened and queried without torch.
 
@@ -52,54 +99,14 @@ def index(context: typer.Context, index: IndexPath = None, json: Json = False) -
 
 
 def add(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SOURCE...",
-            help="A folder, a tree of folders, a JSONL file of descriptions, or a Hugging Face id owner/name.",
-            show_default=False,
-        ),
-    ],
+    sources: Sources,
     index: IndexPath = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--name", metavar="NAME", help="Of a single adapter; its folder's by default.", rich_help_panel=INPUTS
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            metavar="MODEL",
-            help="Refuse what does not fit this base model (a folder or cached id).",
-            rich_help_panel=INPUTS,
-        ),
-    ] = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Take the place of an adapter with the same name or content.")
-    ] = False,
-    quarantine_at: Annotated[
-        str,
-        typer.Option(
-            "--quarantine-at", metavar="SEVERITY", help="Findings that quarantine: low, medium, high, critical."
-        ),
-    ] = "high",
-    allow_full_modules: Annotated[
-        bool,
-        typer.Option(
-            "--allow-full-modules",
-            help="Take adapters that replace whole weights (modules_to_save); composition leaves these out.",
-        ),
-    ] = False,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--allow-pickle",
-            help="Convert adapter_model.bin in a bounded process; only for files you trust.",
-            rich_help_panel=DANGEROUS,
-        ),
-    ] = False,
+    name: Name = None,
+    base: FitsBase = None,
+    replace: Replace = False,
+    quarantine_at: QuarantineAt = "high",
+    allow_full_modules: FullModules = False,
+    allow_pickle: AllowPickle = False,
     json: Json = False,
 ) -> None:
     """Take adapters in: each becomes active or quarantined, with the reasons, or is refused; never half.
