@@ -156,7 +156,7 @@ class Index:
             HubIndexError: A value that a record cannot have.
         """
         children = {"stats": stats, "findings": findings, "scores": scores, "examples": examples}
-        given = {kind: tuple(records) for kind, records in children.items() if records is not None}
+        given: dict[str, Any] = {kind: tuple(one) for kind, one in children.items() if one is not None}
         columns: dict[str, Any] = {} if status is None else {"status": status}
         if reasons is not None or status == "active":
             columns["reasons"] = tuple(reasons or ())
@@ -313,8 +313,8 @@ class Index:
         with self._reading() as connection:
             known = {(one.encoder_id, one.kind): one for one in vectors.encoders(connection)}
             if (encoder_id, kind) not in known:
-                names = [f"{one} ({word})" for one, word in known]
-                raise UnknownNameError(unknown_name("encoder", f"{encoder_id} ({kind})", names))
+                shown = [f"{one} ({word})" for one, word in known]
+                raise UnknownNameError(unknown_name("encoder", f"{encoder_id} ({kind})", shown))
             found = self._matrix(connection, known[encoder_id, kind], base)
             names = rows.read_names(connection, found.rows.tolist(), status="active")
             active = [place for place, row in enumerate(found.rows.tolist()) if row in names]

@@ -184,7 +184,7 @@ def _write_cache(path: Path, unit: np.ndarray) -> None:
 
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": unit.shape})
-    data = memoryview(unit.astype("<f4", copy=False)).cast("B")
+    data = unit.astype("<f4", copy=False).data.cast("B")
     try:
         path.parent.mkdir(exist_ok=True)
         publish_file(path, (head.getvalue(), data, struct.pack("<I", zlib.crc32(data))))
@@ -213,7 +213,7 @@ def _read_cache(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
             tail = stream.read(8)
     except FileNotFoundError:
         return None
-    if unit.size != shape[0] * shape[1] or tail != struct.pack("<I", zlib.crc32(memoryview(unit).cast("B"))):
+    if unit.size != shape[0] * shape[1] or tail != struct.pack("<I", zlib.crc32(unit.data.cast("B"))):
         logger.warning("%s: damaged; made again from the index", path)
         return None
     return unit.astype(np.float32, copy=False).reshape(shape)

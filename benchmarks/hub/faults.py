@@ -85,9 +85,9 @@ def fail_every_call(folder: Path) -> dict[str, Any]:
 
 def in_order(calls: list[str]) -> bool:
     """Return whether the file is synced after its last write, renamed after that, and the folder synced after that."""
-    writes = [place for place, call in enumerate(calls) if call == "write"]
-    order = [max(writes, default=-1), calls.index("fsync"), calls.index("replace"), calls.index("fsync folder")]
-    return bool(writes) and order == sorted(order)
+    last = {call: place for place, call in enumerate(calls)}
+    order = [last.get(call, -1) for call in ("write", "fsync", "replace", "fsync folder")]
+    return min(order) >= 0 and order == sorted(order)
 
 
 def cut_off_sqlite(folder: Path, every: int = 1) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _look_at_everything(path: Path, counts: dict[str, int]) -> None:
         names = [one.name for one in index.ls()]
         counts["half"] += sum(not same(index.get(name), make_record(number_of(name))) for name in names)
         near = {hit.adapter.name: hit.cosine for hit in index.query(vector=vector("kill"), k=max(1, len(names)))}
-        counts["corrupt"] += any(abs(near[name] - _cosine(number_of(name))) > 1e-5 for name in names)
+        counts["corrupt"] += any(abs((near.get(name) or 9.0) - _cosine(number_of(name))) > 1e-5 for name in names)
 
 
 def _cosine(number: int) -> float:
