@@ -18,6 +18,7 @@ import torch
 
 from compose.adapter import Adapter, LowRank, TargetKind
 from compose.errors import AdapterFormatError, DuplicateNameError, IncompatibleError, UnknownNameError
+from compose.files.memory import enough_memory
 from compose.formats import discover, format_of
 from compose.formats.entry import Entry, FileEntry, MemoryEntry
 from compose.formats.header import TargetHeader, check_name, natural_key
@@ -272,7 +273,8 @@ class Bank:
         with self._lock:
             if key not in self._stacks:
                 exact = self._exact_stacks()
-                self._stacks[key] = self._build(*key) if exact is None else _converted(exact, *key)
+                with enough_memory(self):
+                    self._stacks[key] = self._build(*key) if exact is None else _converted(exact, *key)
             return dict(self._stacks[key])
 
     @cached_property

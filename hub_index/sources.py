@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from compose.errors import HubIndexError
 from compose.files import safetensors_file as files
+from compose.files.paths import exists, is_file, is_folder
 from compose.formats import FORMATS
 from compose.hub_index.refusals import AdapterRejectedError
 
@@ -168,7 +169,7 @@ def check_links(folder: Path, root: Path) -> None:
             path = Path(entry.path)
             if entry.is_symlink():
                 check_link(path, root)
-            if not entry.is_dir() and path.exists() and not path.is_file():
+            if not is_folder(path) and exists(path) and not is_file(path):
                 raise AdapterRejectedError("special", f"{path}: not a regular file; remove it")
 
 

@@ -114,12 +114,12 @@ def load_weights(base: str) -> nn.Module:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(base)
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
         architecture = (config.architectures or ["(none)"])[0]
         loader: Any = getattr(transformers, architecture, None)
         if not (isinstance(loader, type) and issubclass(loader, transformers.PreTrainedModel)):
             raise ComposeError(f"{base}: its config.json names the architecture {architecture!r}, which is not known")
-        return loader.from_pretrained(base, config=config, dtype="auto").eval()
+        return loader.from_pretrained(base, config=config, dtype="auto", trust_remote_code=False).eval()
     except (OSError, ValueError) as error:
         if isinstance(error, ComposeError):
             raise

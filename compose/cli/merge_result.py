@@ -21,7 +21,9 @@ def load_stored(base: str) -> LoadedModel:
 
     from compose.cli.loading import load_base
 
-    dtype = str(getattr(AutoConfig.from_pretrained(base), "dtype", None)).removeprefix("torch.")
+    dtype = str(getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None)).removeprefix(
+        "torch."
+    )
     return load_base(base, dtype=dtype if dtype in ("float32", "bfloat16", "float16") else "auto")
 
 

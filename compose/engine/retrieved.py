@@ -163,7 +163,7 @@ def _written_beside(model: Any, tokenizer: Any, prompt_format: PromptFormat | No
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source), prompt_format
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False), prompt_format
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise IncompatibleError(f"no tokenizer beside the model at {source!r} ({first}); give tokenizer=") from error

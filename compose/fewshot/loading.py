@@ -20,7 +20,7 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(path_or_id: str | Path, *, device: str = "cpu", dtype: str = "auto") -> LoadedModel:
-    """Load a causal or encoder-decoder Transformers model, frozen, in evaluation mode.
+    """Load a causal or encoder-decoder Transformers model, frozen, in evaluation mode; code beside it never runs.
 
     Args:
         path_or_id: A local folder, or an id in the local Hugging Face cache (``HF_HUB_OFFLINE`` is honoured).
@@ -39,10 +39,11 @@ def load_model(path_or_id: str | Path, *, device: str = "cpu", dtype: str = "aut
     if (Path(source) / "adapter_config.json").is_file():
         raise ComposeError(f"{source}: this is an adapter's folder; give the folder of its base model")
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model: Any = loader.from_pretrained(source, dtype=_dtype(dtype, config, device), config=config)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        stored = _dtype(dtype, config, device)
+        model: Any = loader.from_pretrained(source, dtype=stored, config=config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise ComposeError(f"cannot load the base model {source!r}: {first_line}") from error

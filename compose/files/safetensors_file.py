@@ -299,7 +299,7 @@ def _parse_header(head: bytes, size: int, empty: bool) -> FileHeader:
     """Check everything safetensors checks and what it does not, from ``head`` (length field and header) alone."""
     if head[8:9] != b"{":
         raise AdapterFormatError(f"the safetensors header does not start with '{{'; {_AGAIN}")
-    _refuse_bomb(head)
+    refuse_bomb(head)
     entries = parse_object(head[8:], "header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -344,8 +344,12 @@ def check_tensor_names(names: Collection[str]) -> None:
     )
 
 
-def _refuse_bomb(head: bytes) -> None:
-    """Count what takes memory when it is parsed: an empty list of two bytes becomes 64."""
+def refuse_bomb(head: bytes) -> None:
+    """Raise when the text of a header would take much more memory parsed: an empty list of two bytes becomes 64.
+
+    Raises:
+        AdapterFormatError: It would; the message counts.
+    """
     if (tensors := head.count(b'"data_offsets"')) > MAX_TENSORS:
         raise AdapterFormatError(f"{tensors:,} tensors; allowed are 1 to {MAX_TENSORS:,}")
     lists = head.count(b"[") + head.count(b"{")

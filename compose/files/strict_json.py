@@ -39,14 +39,17 @@ def parse_object(data: bytes, where: object) -> dict[str, Any]:
         raise AdapterFormatError(f"{where}: not valid JSON: {error}; {_STEP}") from error
     if not isinstance(value, dict):
         raise AdapterFormatError(f"{where}: must be a JSON object, got {type(value).__name__}")
-    if not _is_shallow(value):
+    if not is_shallow(value):
         raise AdapterFormatError(f"{where}: {_TOO_DEEP}")
     return value
 
 
-def _is_shallow(value: dict[str, Any]) -> bool:
-    """What is nested deeper than Python's stack could be parsed, but neither shown in a message nor written again."""
-    level: list[Any] = [value]
+def is_shallow(value: Any) -> bool:
+    """Return whether a value has at most `MOST_LEVELS` levels of objects and lists.
+
+    What is nested nearly as deep as Python's stack can be parsed, but neither be shown in a message nor written again.
+    """
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(MOST_LEVELS):
         inner: list[Any] = []
         for item in level:

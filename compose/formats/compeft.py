@@ -16,6 +16,7 @@ import safetensors.torch
 from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError, DuplicateNameError
 from compose.files import safetensors_file as files
+from compose.files.memory import enough_memory
 from compose.files.paths import exists, is_link
 from compose.files.publish import publish_folder
 from compose.files.strict_json import parse_object
@@ -80,7 +81,8 @@ def read_compeft(folder: str | Path, *, name: str | None = None, expected: Adapt
         AdapterFormatError: As `inspect_compeft`, and for a stream that is not the code of the tensors announced.
     """
     header = inspect_compeft(folder, name=name) if expected is None else expected
-    content = compeft_file.load(Path(folder) / WEIGHTS_NAME, fingerprint=header.fingerprint)
+    with enough_memory(folder):
+        content = compeft_file.load(Path(folder) / WEIGHTS_NAME, fingerprint=header.fingerprint)
     tensors = content.tensors
     targets = {
         path: LowRank(tensors[target.a_key], tensors[target.b_key], target.scaling, target.kind)

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError, DuplicateNameError
 from compose.files import safetensors_file as files
+from compose.files.memory import enough_memory
 from compose.files.paths import exists, is_link
 from compose.files.publish import publish_folder
 from compose.files.strict_json import parse_object
@@ -99,9 +100,10 @@ def read_adapter(folder: str | Path, *, name: str | None = None, expected: Adapt
         AdapterFormatError: As `inspect_adapter`, and for values that are not finite, or give an update that is not.
     """
     header = inspect_adapter(folder, name=name) if expected is None else expected
-    if is_other_kind(header):
-        return read_kind(Path(folder), header, header.name if name is None else check_name(name, folder))
-    content = files.load(weights_path(Path(folder)), fingerprint=header.fingerprint)
+    with enough_memory(folder):
+        if is_other_kind(header):
+            return read_kind(Path(folder), header, header.name if name is None else check_name(name, folder))
+        content = files.load(weights_path(Path(folder)), fingerprint=header.fingerprint)
     tensors = content.tensors
     targets = {
         path: LowRank(tensors[target.a_key], tensors[target.b_key], target.scaling, target.kind)

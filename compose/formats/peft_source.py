@@ -13,6 +13,7 @@ import torch
 from compose.adapter import Adapter, LowRank, Source
 from compose.errors import AdapterFormatError
 from compose.files import safetensors_file as files
+from compose.files.memory import enough_memory
 from compose.files.paths import exists
 from compose.files.strict_json import parse_object
 from compose.formats.header import (
@@ -76,7 +77,8 @@ def read_source(folder: str | Path, *, widths: Widths | None = None) -> PeftSour
     path = weights_path(folder)
     header = files.read_header(path, empty=kind.empty)
     targets, full = _resolve(kind, file.fields, parsed, header.tensors, path, widths)
-    tensors = files.load(path, fingerprint=header.fingerprint).tensors
+    with enough_memory(folder):
+        tensors = files.load(path, fingerprint=header.fingerprint).tensors
     weights = {parameter: tensors[one.key] for parameter, one in full.items()}
     config = _lora_config(file.fields, targets)
     return PeftSource(kind.title, bool(kind.needs_base), parsed.base, targets, tensors, weights, config)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from compose.errors import AdapterFormatError
-from compose.files.safetensors_file import MAX_HEADER_BYTES, open_regular
+from compose.files.safetensors_file import MAX_HEADER_BYTES, open_regular, refuse_bomb
+from compose.files.strict_json import is_shallow
 
 
 class RawTensor(NamedTuple):
@@ -86,22 +87,10 @@ def read_raw_header(path: Path) -> RawHeader:
 
 
 def _parse(found: RawHeader, text: bytes) -> RawHeader:
-    twice: list[str] = []
-
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            twice.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        return result
-
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=collect)
-    except UnicodeDecodeError as error:
-        return found._replace(problem=f"not UTF-8 text ({error.reason} at byte {error.start})")
-    except RecursionError:
-        return found._replace(problem="nested too deeply")
-    except ValueError as error:
-        return found._replace(problem=f"not JSON: {error}")
+        entries, twice = _entries(text)
+    except AdapterFormatError as error:
+        return found._replace(problem=str(error))
     if not isinstance(entries, dict):
         return found._replace(problem=f"a JSON {type(entries).__name__}, not an object")
     metadata = entries.pop("__metadata__", {})
@@ -119,6 +108,34 @@ def _parse(found: RawHeader, text: bytes) -> RawHeader:
         metadata_text=isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
         tensors=tuple(tensors),
     )
+
+
+def _entries(text: bytes) -> tuple[Any, list[str]]:
+    """Return the JSON of a header, and the keys that stand twice in one object.
+
+    Raises:
+        AdapterFormatError: There is none, or it is a bomb.
+    """
+    twice: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            twice.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        return result
+
+    refuse_bomb(text)
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=collect)
+    except UnicodeDecodeError as error:
+        raise AdapterFormatError(f"not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except RecursionError as error:
+        raise AdapterFormatError("nested too deeply") from error
+    except ValueError as error:
+        raise AdapterFormatError(f"not JSON: {error}") from error
+    if not is_shallow(entries):
+        raise AdapterFormatError("nested too deeply")
+    return entries, twice
 
 
 def _tensor(name: str, entry: Any) -> RawTensor | None:

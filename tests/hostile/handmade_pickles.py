@@ -17,6 +17,7 @@ from tests.hostile.handmade_safetensors import LFS, same_values
 
 GOOD = files_of(lora_tensors())
 CONFIG = {CONFIG_NAME: GOOD[CONFIG_NAME]}
+MARK = "canary"
 REFUSED = "pickled weights can run code"
 
 
@@ -70,7 +71,7 @@ def _as_weights(data: bytes) -> dict[str, bytes]:
 
 
 def _command() -> Gadget:
-    return Gadget(os.system, "echo the pickle ran > canary")
+    return Gadget(os.system, f"echo the pickle ran > {MARK}")
 
 
 PICKLES = [
