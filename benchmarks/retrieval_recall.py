@@ -43,6 +43,7 @@ METHODS = (
     "lda-0.3",
     "logistic",
 )
+SCOPED = ("raw_mean", "mean", "nearest", "color", "lda-0.15")
 SETS = ("clinc-intents", "clinc-domains", "banking-intents")
 
 
@@ -194,7 +195,7 @@ def scope_numbers(retriever: Any, found: Vectors) -> dict[str, dict[str, float]]
     for kind in KINDS if retriever.fitted.moments is not None else KINDS[:1]:
         inner, outer = (scope_scores(retriever.fitted, part, kind) for part in (found.test[0], found.outside_test))
         truth = np.concatenate([np.ones(len(inner)), np.zeros(len(outer))])
-        auc = 100 * float(roc_auc_score(truth, np.concatenate([inner, outer])))
+        auc = round(100 * float(roc_auc_score(truth, np.concatenate([inner, outer]))), 3)
         chosen = calibrate(retriever.fitted, found.val[0], None, keep=0.95, kind=kind)
         both = calibrate(retriever.fitted, found.val[0], found.outside_val, keep=0.95, kind=kind)
         numbers[kind] = {
@@ -273,66 +274,61 @@ def cached(texts: Sequence[str], encoder: Any, cache: Path) -> np.ndarray:
 
 
 def print_tables(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print recall per set and number of samples, then rejection."""
+    """Print recall per set, then what rejection keeps and refuses."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
-        groups[row["set"], row["model"], row["prompt"], row["samples"], row["method"]].append(row)
-    columns = (
-        "top1",
-        "top3",
-        "top5",
-        "domain1",
-        "ood_domain1",
-        *(f"shots{n}_top{k}" for n in (1, 2, 5) for k in (1, 3)),
-    )
-    heads = (
-        "top-1",
-        "top-3",
-        "top-5",
-        "in domain",
-        "OOD in domain",
-        *(f"{n} shots, top-{k}" for n in (1, 2, 5) for k in (1, 3)),
-    )
-    for (name, model, prompt), keys in by_first(groups, 3).items():
-        draws = max(len(groups[key]) for key in keys)
-        print(f"\n{name}, {model}, prompt {prompt!r}; mean of {draws} draws, top-1 with standard deviation\n")
-        print(f"| samples | method | {' | '.join(heads)} |\n| ---: | --- | {' | '.join('---:' for _ in heads)} |")
-        for key in keys:
-            cells = [cell(groups[key], column) for column in columns]
-            print(f"| {key[3]} | {key[4]} | {' | '.join(cells)} |")
-        scoped = [key for key in keys if "scope" in groups[key][0]]
-        if scoped:
-            print(
-                "\n| samples | method | measure | AUC | 95 % of val kept: kept, refused | both known: kept, refused |"
-            )
-            print("| ---: | --- | --- | ---: | ---: | ---: |")
-        for key in scoped:
-            for kind in groups[key][0]["scope"]:
-                numbers = [row["scope"][kind] for row in groups[key]]
-                auc, *rest = (mean(one[field] for one in numbers) for field in numbers[0])
-                pairs = f"{rest[0]:.1f}, {rest[1]:.1f} | {rest[2]:.1f}, {rest[3]:.1f}"
-                print(f"| {key[3]} | {key[4]} | {kind} | {auc:.1f} | {pairs} |")
+        groups[row["set"], row["model"], row["prompt"], row["method"], row["samples"]].append(row)
+    for head in dict.fromkeys(key[:3] for key in groups):
+        print_recall(head, {key[3:]: found for key, found in groups.items() if key[:3] == head})
+    print_scope(groups)
 
 
-def by_first(groups: Mapping[tuple[Any, ...], Any], length: int) -> dict[tuple[Any, ...], list[tuple[Any, ...]]]:
-    """Return the keys by their first parts."""
-    found: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
-    for key in groups:
-        found[key[:length]].append(key)
-    return found
+def print_recall(head: tuple[str, ...], found: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]) -> None:
+    """Print one set's table: top-1 by samples per adapter, the other columns at the most samples."""
+    sizes = sorted({samples for _, samples in found})
+    draws = max(map(len, found.values()))
+    print(f"\n{head[0]}, {head[1]}, prompt {head[2]!r}; means of {draws} draws\n")
+    later = {
+        "top3": "top-3", "shots5_top1": "5 shots: top-1", "shots5_top3": "top-3", "domain1": "in domain",
+        "ood_domain1": "OOD in domain",
+    }  # fmt: skip
+    columns = [column for column in later if any(column in row for group in found.values() for row in group)]
+    heads = [*(f"top-1, m = {samples}" for samples in sizes), *(later[column] for column in columns)]
+    print(f"| method | {' | '.join(heads)} |\n| --- | {' | '.join('---:' for _ in heads)} |")
+    for method in dict.fromkeys(method for method, _ in found):
+        cells = [cell(found.get((method, samples), []), "top1", spread=True) for samples in sizes]
+        cells += [cell(found.get((method, sizes[-1]), []), column) for column in columns]
+        print(f"| {method} | {' | '.join(cells)} |")
 
 
-def cell(rows: Sequence[Mapping[str, Any]], column: str) -> str:
-    """Return a mean over draws, of ``top1`` with its spread; empty where it was not measured."""
+def print_scope(groups: Mapping[tuple[Any, ...], Sequence[Mapping[str, Any]]]) -> None:
+    """Print rejection at the most samples per adapter, of the methods that a default could be."""
+    chosen = {key: found for key, found in groups.items() if "scope" in found[0] and key[3] in SCOPED}
+    if not chosen:
+        return
+    most = max(key[4] for key in chosen)
+    print(f"\nOut of scope, m = {most}; kept: percent of texts in scope, refused: percent of texts out of scope\n")
+    print("| set | method | measure | AUC | 95 % of val kept: kept, refused | both kinds known: kept, refused |")
+    print("| --- | --- | --- | ---: | ---: | ---: |")
+    for key, found in chosen.items():
+        for kind in found[0]["scope"] if key[4] == most and key[2] == "" else ():
+            numbers = [row["scope"][kind] for row in found]
+            auc, *rest = (mean(one[field] for one in numbers) for field in numbers[0])
+            pairs = f"{rest[0]:.1f}, {rest[1]:.1f} | {rest[2]:.1f}, {rest[3]:.1f}"
+            print(f"| {key[0]} | {key[3]} | {kind} | {auc:.1f} | {pairs} |")
+
+
+def cell(rows: Sequence[Mapping[str, Any]], column: str, *, spread: bool = False) -> str:
+    """Return a mean over draws, with its standard deviation where wanted; empty where it was not measured."""
     values = [row[column] for row in rows if column in row]
     if not values:
         return ""
-    return f"{mean(values):.1f} ± {pstdev(values):.1f}" if column == "top1" else f"{mean(values):.1f}"
+    return f"{mean(values):.1f} ± {pstdev(values):.1f}" if spread else f"{mean(values):.1f}"
 
 
 def percent(hits: np.ndarray) -> float:
     """Return the share of true entries, in percent."""
-    return 100 * float(np.mean(hits))
+    return round(100 * float(np.mean(hits)), 3)
 
 
 def _read_csv(path: Path) -> Split:
