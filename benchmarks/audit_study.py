@@ -192,7 +192,9 @@ def print_tables(rows: list[Row]) -> None:
     print("| anomaly | attacker | cases | AUC | flagged | AUC of the sum | sum flagged |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     planted = [row for row in rows if row["part"] == "planted"]
-    for kind, level in dict.fromkeys((row["kind"], row["level"]) for row in planted):
+    kinds = list(dict.fromkeys(row["kind"] for row in planted))
+    cells_of = dict.fromkeys((row["kind"], row["level"]) for row in planted)
+    for kind, level in sorted(cells_of, key=lambda one: kinds.index(one[0])):
         mine = [row for row in planted if (row["kind"], row["level"]) == (kind, level)]
         found = [*planted_cells(mine, alone), *(sum_cells(mine, pairs) if "alone" in mine[0] else ("-", "-"))]
         print(f"| {kind} | {level} | {total(mine, 'cases')} | {' | '.join(found)} |")

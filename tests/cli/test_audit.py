@@ -93,3 +93,22 @@ def test_a_name_that_is_neither_folder_nor_in_an_index() -> None:
     result = audit("no-such-adapter")
     assert result.exit_code == 2
     assert "--index" in result.stderr
+
+
+def test_a_name_of_an_index(workspace, tmp_path: Path) -> None:
+    from compose.formats.peft import read_adapter
+    from compose.hub_index.records import AdapterRecord
+    from compose.hub_index.store import Index
+
+    folder = workspace.bank / "gamma"
+    sha256 = read_adapter(folder).sha256
+    with Index.open(tmp_path / "adapters.db", create=True) as index:
+        index.add(AdapterRecord(name="mine", sha256_weights=sha256, path=str(folder), license="mit"))
+        index.add(AdapterRecord(name="moved", sha256_weights="0" * 64, path=str(folder), license="mit"))
+    result = audit("mine", "--index", tmp_path / "adapters.db", "--fail-on", "medium")
+    assert result.exit_code == 0, result.stderr
+    assert "mine" in result.stdout
+    assert "card.licence" not in result.stdout
+    result = audit("moved", "--index", tmp_path / "adapters.db", "--fail-on", "critical")
+    assert result.exit_code == 4
+    assert "values.changed" in result.stdout
