@@ -48,7 +48,7 @@ class Centres(NamedTuple):
     centres: np.ndarray
 
     @property
-    def count(self) -> int:
+    def num_clusters(self) -> int:
         """``P``."""
         return len(self.centres)
 
@@ -76,7 +76,7 @@ class Gaussians(NamedTuple):
     logs: np.ndarray
 
     @property
-    def count(self) -> int:
+    def num_clusters(self) -> int:
         """``P``."""
         return len(self.means)
 
@@ -154,7 +154,7 @@ class TextClusters:
 
         kind = "kmeans" if isinstance(self.clusters, Centres) else "gmm"
         about = {
-            "format": FORMAT, "version": VERSION, "method": kind, "clusters": self.clusters.count,
+            "format": FORMAT, "version": VERSION, "method": kind, "clusters": self.clusters.num_clusters,
             "encoder": describe(self.encoder),
         }  # fmt: skip
         arrays = {name: np.ascontiguousarray(value) for name, value in self.clusters._asdict().items()}
@@ -241,7 +241,7 @@ class ClusterRetriever:
             encoder, texts, num_clusters=num_clusters, method=method, components=components, seed=seed
         )
         owners = np.repeat(np.arange(len(examples)), [len(own) for own in examples.values()])
-        counts = np.zeros((clusters.clusters.count, len(examples)))
+        counts = np.zeros((clusters.clusters.num_clusters, len(examples)))
         np.add.at(counts, (clusters.of(texts), owners), 1)
         return cls(clusters, tuple(examples), (counts / counts.sum(axis=0)).astype(np.float32))
 

@@ -83,10 +83,11 @@ def retrieve_and_generate(  # noqa: PLR0913 - one parameter per choice of the me
         raise IncompatibleError(f"batch_size must be at least 1, or None for one batch, got {batch_size}")
     _check_names(attached, retriever)
     composer = Composer(mode=mode, k=k, weights=weights, temperature=temperature, threshold=threshold)
-    own, written = _written_beside(attached.model, tokenizer, prompt_format)
-    prompts = _prompts(texts, own, written, encoder_decoder=attached.model.config.is_encoder_decoder)
+    model: Any = attached.model
+    own, written = _written_beside(model, tokenizer, prompt_format)
+    prompts = _prompts(texts, own, written, encoder_decoder=model.config.is_encoder_decoder)
     composed = composer(retriever, texts, exclude)
-    stops = _stops(attached.model, own, written) if stop_ids is None else stop_ids
+    stops = _stops(model, own, written) if stop_ids is None else stop_ids
     rows, found = composed.rows(), list[str]()
     size = len(rows) if batch_size is None else batch_size
     for start in range(0, len(rows), size):
