@@ -4,6 +4,7 @@
     python benchmarks/retrieval_study.py --out OUT --device cuda
     python benchmarks/retrieval_study.py ... (the same again)         # runs what OUT/retrieval_study.jsonl lacks
     python benchmarks/retrieval_study.py --print benchmarks/retrieval_study_cpu.jsonl
+    python benchmarks/retrieval_study.py --print benchmarks/retrieval_study_cpu.jsonl --write retriever/README.md
 
 In the shape of LoraRetriever's table (arXiv:2402.09997). Settings: ``IID``, a row's own adapter is in the bank;
 ``OOD``, it is taken out for that row; ``new wording``, the skill of an upstream task asked in words that no sample
@@ -30,7 +31,7 @@ SAMPLES = 20
 
 K = 3
 SOUP = 5
-"""Adapters that AdapterSoup takes at most (arXiv:2302.07027)."""
+"""Adapters that AdapterSoup takes at most (arXiv:2302.07027; recalled, not verified)."""
 
 SETTINGS = {"IID": "upstream", "OOD": "upstream", "new wording": "wording"}
 """Setting -> group of the demo's tasks."""
@@ -45,6 +46,8 @@ logarithms of probabilities, so 1; cosines need a small one."""
 
 RECALLS = ("lda", "mean", "raw_mean", "nearest", "color", "k-means", "GMM")
 REFERENCES = "without retrieval"
+MARKS = ("<!-- retrieval study -->", "<!-- end of retrieval study -->")
+"""The tables stand between them in retriever/README.md."""
 
 
 class Items(NamedTuple):
@@ -84,17 +87,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of retrieval_study.jsonl")
     parser.add_argument("--print", type=Path, dest="shown", metavar="FILE", help="only print the tables of these rows")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="with --print: put the tables between its marks")
     parser.add_argument("--only", nargs="+", default=[REFERENCES, *CONFIGS], metavar="NAME", help="configurations")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--items", type=int, default=5, help="test items per task")
+    parser.add_argument("--items", type=int, default=3, help="test items per task")
     arguments = parser.parse_args()
     if arguments.shown is not None:
-        print_tables([json.loads(line) for line in arguments.shown.read_text().splitlines()])
+        shown = tables([json.loads(line) for line in arguments.shown.read_text().splitlines()])
+        print(shown)
+        if arguments.write is not None:
+            write_between_marks(arguments.write, shown)
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "retrieval_study.jsonl"
-    print_tables(run(arguments, file))
+    print(tables(run(arguments, file)))
     print(f"\nrows in {file}; {arguments.items} test items per task, device {arguments.device}")
 
 
@@ -276,26 +283,25 @@ def grouped(keys: Sequence[str], values: Sequence[Any]) -> dict[str, list[Any]]:
     return found
 
 
-def print_tables(rows: Sequence[dict[str, Any]]) -> None:
-    """Print exact match per method and setting, then recalls."""
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Exact match per method and setting, and recalls, as two tables."""
     configs = [config for config in CONFIGS if any(row["config"] == config for row in rows)]
-    print(f"\n| retriever | method | {' | '.join(SETTINGS)} |")
-    print("| --- | --- |" + " ---: |" * len(SETTINGS))
+    lines = [f"| retriever | method | {' | '.join(SETTINGS)} |", "| --- | --- |" + " ---: |" * len(SETTINGS)]
     for config in (REFERENCES, *configs):
         mine = [row for row in rows if row["config"] == config and "method" in row]
         for method in dict.fromkeys(row["method"] for row in mine):
             own = [row for row in mine if row["method"] == method]
             cells = [cell([row["exact"] for row in own if row["setting"] == setting]) for setting in SETTINGS]
-            print(f"| {config} | {method} | {' | '.join(cells)} |")
-    print_recalls(rows, list(dict.fromkeys(config.split(", ")[0] for config in configs)))
+            lines.append(f"| {config} | {method} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *recall_lines(rows, configs)])
 
 
-def print_recalls(rows: Sequence[dict[str, Any]], encoders: Sequence[str]) -> None:
-    """Print recall@1/3/5 per encoder and adapter embedding."""
-    print(f"\n| encoder | adapter embedding | {' | '.join(f'{name} @1 | @3 | @5' for name in RANKED)} |")
-    print("| --- | --- |" + " ---: |" * 6)
-    for encoder in encoders:
-        config = next(row["config"] for row in rows if row["config"].startswith(f"{encoder}, "))
+def recall_lines(rows: Sequence[dict[str, Any]], configs: Sequence[str]) -> list[str]:
+    """Recall@1/3/5 per encoder and adapter embedding."""
+    lines = [f"| encoder | adapter embedding | {' | '.join(f'{name} @1 | @3 | @5' for name in RANKED)} |"]
+    lines.append("| --- | --- |" + " ---: |" * 6)
+    for encoder in dict.fromkeys(config.split(", ")[0] for config in configs):
+        config = next(config for config in configs if config.startswith(f"{encoder}, "))
         mine = [row for row in rows if row["config"] == config and "embedding" in row]
         for embedding in dict.fromkeys(row["embedding"] for row in mine):
             own = [row for row in mine if row["embedding"] == embedding]
@@ -304,7 +310,15 @@ def print_recalls(rows: Sequence[dict[str, Any]], encoders: Sequence[str]) -> No
                 for setting in RANKED
                 for k in ("1", "3", "5")
             ]
-            print(f"| {encoder} | {embedding} | {' | '.join(cells)} |")
+            lines.append(f"| {encoder} | {embedding} | {' | '.join(cells)} |")
+    return lines
+
+
+def write_between_marks(file: Path, text: str) -> None:
+    """Replace what stands between the two marks of a document."""
+    before, rest = file.read_text(encoding="utf-8").split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    file.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def cell(values: Sequence[float]) -> str:
