@@ -189,6 +189,8 @@ class Evidence:
         """What the loader makes of the folder without reading values, or why it refuses it."""
         if self.folder is None:
             return "in memory"
+        if any(one.kind == "special" or not one.inside for one in self.entries.values()):
+            return f"{self.folder}: a link leads out of the folder, or something is no regular file; nothing is read"
         try:
             return format_of(self.folder).inspect(self.folder, name=self.name)
         except AdapterFormatError as error:

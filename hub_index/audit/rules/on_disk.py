@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from compose.files.safetensors_file import MAX_FILE_BYTES
+from compose.formats import FORMATS
 from compose.formats.peft_folder import CONFIG_NAME, LEGACY_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
 from compose.hub_index.audit.evidence import MAX_ENTRIES, Evidence
 from compose.hub_index.audit.rule import Remark, rule
@@ -33,13 +34,18 @@ def only_regular_files(evidence: Evidence) -> Iterator[Remark]:
 @rule("files.missing", "high", hard=True)
 def own_files_are_there(evidence: Evidence) -> Iterator[Remark]:
     """A file of the adapter is missing, is a folder, or is a link that leads nowhere."""
-    if isinstance(evidence.strict, str) or evidence.strict.format == "peft":
+    if not _has_other_format(evidence):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             fact = evidence.entries.get(name)
             if fact is not None and fact.kind in ("missing", "folder"):
                 yield Remark(f"{name} is {'a folder' if fact.kind == 'folder' else 'a link that leads nowhere'}")
             elif fact is None and not (name == WEIGHTS_NAME and LEGACY_NAME in evidence.entries):
                 yield Remark(f"there is no {name}")
+
+
+def _has_other_format(evidence: Evidence) -> bool:
+    folder = evidence.folder
+    return folder is not None and any(FORMATS[name].matches(folder) for name in FORMATS if name != "peft")
 
 
 @rule("files.pointer", "high", hard=True)

@@ -25,6 +25,26 @@ def test_a_link_out_of_the_folder_is_refused_and_not_followed(make, rules, tmp_p
     assert Evidence(folder, "one").config is None
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "README.md"])
+def test_nothing_is_opened_behind_a_link_out_of_the_folder(
+    make, rules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    outside, opened = tmp_path / f"outside-{name}", []
+    real = os.open
+    folder = make()
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+
+    def watch(path, *arguments, **named):
+        opened.append(os.path.realpath(path))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", watch)
+    assert "files.link" in rules(folder)
+    assert str(outside) not in opened
+    assert opened  # the other files were read
+
+
 def test_links_inside_the_folder_are_fine(make, rules) -> None:
     folder = make()
     (folder / "real.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
