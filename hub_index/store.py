@@ -94,7 +94,7 @@ class Index:
             raise HubIndexError("create=True and readonly=True exclude each other; give one of them")
         if journal not in ("wal", "delete"):
             raise HubIndexError(f"journal must be 'wal' or 'delete', got {journal!r}")
-        path = Path(path)
+        path = Path(path).absolute()  # the folder of the process may change later
         connection = connect(path, create=create, readonly=readonly, journal=journal, timeout=timeout)
         return cls(path, connection, readonly=readonly)
 
@@ -329,7 +329,7 @@ class Index:
         if not adapter.path:
             text = "is known by description alone, there are no files to load; add its folder"
             raise HubIndexError(f"adapter {adapter.name!r} {text}")
-        return self.path.absolute().parent / adapter.path
+        return self.path.parent / adapter.path
 
     def info(self) -> Info:
         """Return the index in numbers."""

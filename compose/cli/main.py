@@ -1,10 +1,12 @@
 """The command ``compose``: builds the application from the registered commands and sets the exit codes.
 
-0: done. 1: a bug, with its traceback. 2: wrong usage or refused input, with one message on stderr. 130: interrupted.
+0: done. 1: a bug, with its traceback, or a disk that is full or failing, with one message on stderr. 2: wrong usage or
+refused input, with one message. 130: interrupted.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import sys
@@ -21,6 +23,8 @@ from compose.errors import ComposeError
 ABOUT = """Compose: adapter composition and mixtures of LoRA experts.
 
 A few examples of a task go in; weights over a bank of trained adapters, a new adapter and a report come out."""
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main() -> None:
@@ -55,6 +59,11 @@ def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
         except ComposeError as error:
             fail(str(error))
             raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            fail(str(error))
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             fail("interrupted")
             raise typer.Exit(130) from None

@@ -1,5 +1,6 @@
 """The program as a whole: help, start-up, exit codes, and what goes to which stream."""
 
+import errno
 import subprocess
 import sys
 
@@ -98,6 +99,14 @@ def test_an_expected_error_is_one_message_on_stderr_and_exit_code_2() -> None:
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr == "error: what was wrong\n"
+
+
+def test_a_full_disk_is_one_message_on_stderr_and_exit_code_1() -> None:
+    result = raising(OSError(errno.ENOSPC, "No space left on device", "out/x"))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == f"error: [Errno {errno.ENOSPC}] No space left on device: 'out/x'\n"
+    assert isinstance(raising(FileNotFoundError(errno.ENOENT, "no")).exception, FileNotFoundError)
 
 
 def test_an_interruption_exits_with_130() -> None:

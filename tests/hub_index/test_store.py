@@ -233,6 +233,18 @@ def test_folders_are_relative_to_the_index(index, tmp_path: Path) -> None:
         index.folder_of(AdapterRecord(name="a", source="description"))
 
 
+def test_an_index_stays_where_it_is_when_the_process_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_record, numbered
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Index.open("hub.db", create=True) as opened:
+        opened.add(make_record(1))
+        monkeypatch.chdir("/")
+        assert [one.name for one in opened.records()] == [make_record(1).name]
+        opened.query(vector=numbered.vector("q"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["hub.db", "hub.db.vectors"]
+
+
 def test_info_counts(index, make_record) -> None:
     index.add_all(make_record(number) for number in range(8))
     index.remove([make_record(0).name])
