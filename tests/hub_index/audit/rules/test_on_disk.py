@@ -41,6 +41,7 @@ def test_nothing_is_opened_behind_a_link_out_of_the_folder(
 
     monkeypatch.setattr(os, "open", watch)
     assert "files.link" in rules(folder)
+    assert "nothing is read" in str(Evidence(folder, "one").strict)
     assert str(outside) not in opened
     assert opened  # the other files were read
 
