@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-routers test-rest check bench types gpu-test gpu-bench clean
+.PHONY: demo test test-routers test-rest check bench fuzz types gpu-test gpu-bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -37,6 +37,11 @@ types: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py --out benchmarks/results
+
+# Hostile input, fifty times what the tests run: an hour or so. SEED=2 makes another run.
+SEED ?= 1
+fuzz: .venv/installed
+	$(BIN)/python -P benchmarks/hostile.py --mutations 1000000 --examples 50000 --texts 150000 --repeats 500 --seed $(SEED)
 
 gpu-test: .venv/installed
 	$(BIN)/python -P -m pytest -q -m gpu tests/gpu tests/engine/test_diagnostics.py tests/engine/test_paging.py
