@@ -4,9 +4,9 @@
     python benchmarks/retriever_training.py --print benchmarks/retriever_training.jsonl
 
 Tasks are CLINC150's 150 intents or BANKING77's 77, ``--inputs`` utterances each, of which a fifth only asks; a fifth
-of the intents is held out whole, drawn anew per seed. Candidates are always all intents. ``no training`` is the encoder
-as it was, with and without the instruction before every text; ``trained`` is `compose.retriever.training` with its
-defaults but ``--rounds``.
+of the intents is held out whole, drawn anew per seed. Candidates are always all intents. ``no training`` is the
+encoder as it was, with and without the instruction before every text; ``trained`` is `compose.retriever.training` with
+its defaults but ``--rounds``.
 """
 
 from __future__ import annotations

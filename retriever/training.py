@@ -252,7 +252,7 @@ def _trainer_class() -> type:
     class Trainer(SentenceTransformerTrainer):
         """The trainer, without a card."""
 
-        model_card_callback_class = NoCard
+        model_card_callback_class = NoCard  # type: ignore[assignment]
 
     return Trainer
 

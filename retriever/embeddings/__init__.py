@@ -12,6 +12,9 @@ import numpy as np
 
 from compose.registry import Registry
 
+_SCORES = 2**25
+"""Scores of single vectors held at once (128 MB)."""
+
 Reads = Literal["examples", "descriptions", "factors"]
 """What an embedding is made of: inputs of the adapter's task, texts about it, or its weights."""
 
@@ -78,10 +81,15 @@ class AdapterVectors:
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """``(B, D)`` -> ``(B, E)`` float32."""
-        flat = queries @ self.vectors.T + self.bias
-        if len(self.owners) == int(self.owners[-1]) + 1:  # one vector per adapter
-            return flat
-        return np.maximum.reduceat(flat, self.starts, axis=1)
+        adapters = int(self.owners[-1]) + 1
+        if len(self.owners) == adapters:
+            return queries @ self.vectors.T + self.bias
+        found = np.empty((len(queries), adapters), np.float32)
+        step = max(1, _SCORES // len(self.owners))
+        for start in range(0, len(queries), step):
+            flat = queries[start : start + step] @ self.vectors.T + self.bias
+            np.maximum.reduceat(flat, self.starts, axis=1, out=found[start : start + step])
+        return found
 
     def scores_of(self, query: np.ndarray, adapters: np.ndarray) -> np.ndarray:
         """``(D,)`` and distinct adapters ``(n,)`` -> their scores ``(n,)`` float32, nothing else computed."""

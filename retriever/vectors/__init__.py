@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -78,15 +78,5 @@ class VectorBackend(Protocol):
         ...
 
 
-class BackendType(Protocol):
-    """A registered class."""
-
-    summary: str
-
-    @classmethod
-    def restore(cls, folder: Path) -> VectorBackend:
-        """Read what ``persist`` wrote."""
-        ...
-
-
-VECTOR_BACKENDS: Registry[type] = Registry("vector backend", package="compose.retriever.vectors")
+VECTOR_BACKENDS: Registry[Any] = Registry("vector backend", package="compose.retriever.vectors")
+"""Classes: ``cls(dim, **options)`` makes an empty backend, ``cls.restore(folder)`` reads what ``persist`` wrote."""

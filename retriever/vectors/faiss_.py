@@ -5,6 +5,7 @@ The file's name carries an underscore because ``faiss`` is the library's.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -161,8 +162,7 @@ class FaissVectors:
         return self._index
 
     def _new(self, kind: str, total: int) -> Any:
-        import faiss
-
+        faiss: Any = importlib.import_module("faiss")  # its type stubs lack what is used here
         metric = faiss.METRIC_INNER_PRODUCT
         if kind == "flat":
             return faiss.IndexFlat(self.dim, metric)
@@ -177,8 +177,7 @@ class FaissVectors:
         return index
 
     def _parameters(self, rows: np.ndarray | None, width: int) -> Any:
-        import faiss
-
+        faiss: Any = importlib.import_module("faiss")
         selector = None
         if rows is not None or len(self) < len(self._table.ids):
             selector = faiss.IDSelectorBatch(np.flatnonzero(self._table.alive) if rows is None else rows)

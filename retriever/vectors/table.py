@@ -210,7 +210,9 @@ def check_payloads(ids: Sequence[str], rows: np.ndarray, payloads: Sequence[Payl
         IncompatibleError: Their numbers differ.
         ComposeError: A field's name or value is not allowed.
     """
-    given = [{} for _ in ids] if payloads is None else [dict(check_where(payload)) for payload in payloads]
+    given: list[Payload] = [{} for _ in ids]
+    if payloads is not None:
+        given = [dict(check_where(payload)) for payload in payloads]
     if not len(ids) == len(rows) == len(given):
         raise IncompatibleError(f"{len(ids)} ids, {len(rows)} vectors and {len(given)} payloads; give one each")
     return given

@@ -1,5 +1,7 @@
 """MiniLM from the installed package, and hidden states of tiny models with adapters attached."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,18 @@ def test_models_that_are_not_here_are_refused_without_network(minilm, tmp_path) 
         load_sentence_transformer("nobody/no-such-model", local_files_only=True)
     with pytest.raises(ComposeError, match="cannot load the sentence encoder"):
         load_sentence_transformer(tmp_path)
+
+
+def test_code_in_a_models_folder_never_runs(minilm, tmp_path) -> None:
+    folder = tmp_path / "model"
+    minilm.model.save_pretrained(str(folder), create_model_card=False)
+    (folder / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[2]["type"] = "modeling_own.Own"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ComposeError, match=r"modeling_own\.Own"):
+        SentenceEncoder(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_wrong_texts_are_refused(minilm) -> None:

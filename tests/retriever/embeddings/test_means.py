@@ -27,6 +27,14 @@ def test_the_raw_mean_punishes_diverse_adapters() -> None:
     assert Mean().fit(SAMPLES).scores(closer).argmax() == 0
 
 
+def test_many_queries_are_scored_in_turns(monkeypatch) -> None:
+    fitted = Nearest().fit(SAMPLES)
+    queries = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32)
+    whole = fitted.scores(queries)
+    monkeypatch.setattr("compose.retriever.embeddings._SCORES", 8)
+    np.testing.assert_array_equal(fitted.scores(queries), whole)
+
+
 def test_the_nearest_sample_decides() -> None:
     fitted = Nearest().fit(SAMPLES)
     np.testing.assert_allclose(fitted.scores(QUERY), [[0.8, 0.48]], rtol=1e-6)
