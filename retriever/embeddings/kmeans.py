@@ -18,8 +18,8 @@ from compose.retriever.embeddings import ADAPTER_EMBEDDINGS, AdapterVectors, Rea
 class KMeans:
     """``max_j q . c_j / |c_j|`` over the centroids of scikit-learn's k-means, run per adapter.
 
-    The cosine form of CoLoR's prototypes (arXiv:2311.17601), whose distance is Euclidean: that is ``color``. An adapter
-    with fewer distinct samples than ``centroids`` keeps each of them.
+    The cosine form of CoLoR's prototypes (arXiv:2311.17601), whose distance is Euclidean: that is ``color``. An
+    adapter with fewer distinct samples than ``centroids`` keeps each of them.
 
     Attributes:
         centroids: Per adapter, at least 1.
