@@ -43,7 +43,7 @@ METHODS = (
     "lda-0.3",
     "logistic",
 )
-SCOPED = ("raw_mean", "mean", "nearest", "color", "lda-0.15")
+SCOPED = ("raw_mean", "mean", "nearest", "color", "lda-0.15", "logistic")
 SETS = ("clinc-intents", "clinc-domains", "banking-intents")
 
 
@@ -136,14 +136,6 @@ def measure(found: Vectors, kept: np.ndarray, method: str, encoder: Any) -> dict
     """Return the numbers of one method fitted on the rows ``kept`` of the training vectors."""
     train, owners = found.train[0][kept], found.train[1][kept]
     queries, labels = found.test
-    if method == "logistic":
-        from sklearn.linear_model import LogisticRegression
-
-        model = LogisticRegression(C=10, max_iter=1000).fit(train, owners)
-        return {
-            **recall(model.decision_function(queries), labels, found.groups),
-            **shots(model.decision_function, found),
-        }
     from compose.retriever.retriever import Retriever
 
     retriever = Retriever.from_vectors(encoder, found.names, train, owners, method_of(method))
