@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-routers test-rest check bench fuzz types gpu-test gpu-bench clean
+.PHONY: demo test check bench fuzz types gpu-test gpu-bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -13,15 +13,20 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/compose demo --out runs/demo --force
 
-# Two processes, for two cores; each prints what it found when it is done.
+# Two groups at a time, for two cores; each prints what it found when it is done, and the next one starts. New folders are in "rest".
+IN_presets := tests/routers/presets
+IN_routers := tests/routers --ignore=tests/routers/presets
+IN_models := tests/engine tests/evaluation tests/fewshot tests/demo
+IN_commands := tests/cli tests/benchmarks
+IN_index := tests/hub_index tests/hostile
+IN_rest := tests $(addprefix --ignore=tests/,routers engine evaluation fewshot demo cli benchmarks hub_index hostile)
+GROUPS := presets routers rest index models commands
+
 test: .venv/installed
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-routers test-rest
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going $(addprefix test-,$(GROUPS))
 
-test-routers: .venv/installed
-	$(BIN)/python -P -m pytest -q -p no:cacheprovider tests/routers
-
-test-rest: .venv/installed
-	$(BIN)/python -P -m pytest -q -p no:cacheprovider tests --ignore=tests/routers
+$(addprefix test-,$(GROUPS)): test-%: .venv/installed
+	$(BIN)/python -P -m pytest -q -p no:cacheprovider $(IN_$*)
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
