@@ -51,7 +51,7 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _CHANGED = "the file changed after it was inspected; open the bank again"
 _AGAIN = "save or download it again"
 _CACHED_BYTES = 2**20
-_CHUNK_WORDS = 2**20
+_CHUNK_WORDS = 2**16  # in the cache
 _BAD_NAME = re.compile(r"[^\x21-\x7e\n]|\.\.|[/\\]|^\.|\.$|^$", re.MULTILINE)
 
 

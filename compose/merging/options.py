@@ -52,10 +52,17 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return any(type(value) is type(one) and value == one for one in get_args(hint))
     if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= 1e308 and math.isfinite(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and _is_finite(value)
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     return isinstance(value, hint) if hint in _WORDS else True
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond float64
+        return False
 
 
 def _in_words(hint: Any) -> str:
