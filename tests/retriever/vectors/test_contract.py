@@ -100,6 +100,14 @@ def test_vectors_can_be_added_after_a_search(filled) -> None:
     assert len(filled) == 61
 
 
+def test_a_filter_used_before_sees_what_was_added_and_deleted_since(filled) -> None:
+    filled.search(unit(1), 1, {"base": "t5"})
+    filled.add(["late"], unit(1, seed=5), [{"base": "t5"}])
+    assert filled.search(unit(1, seed=5), 1, {"base": "t5"}).ids == (("late",),)
+    filled.delete(["late"])
+    assert filled.search(unit(1, seed=5), 1, {"base": "t5"}).ids != (("late",),)
+
+
 def test_a_persisted_backend_comes_back(contender, filled, tmp_path) -> None:
     filled.delete(["adapter/7"])
     again = contender[1](filled.persist(tmp_path / "v"))
