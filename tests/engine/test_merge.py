@@ -294,3 +294,18 @@ def test_methods_of_a_rank_of_their_own_make_it_at_the_rank_asked_for(adapters, 
     torch.testing.assert_close(merged.targets[target].delta.dense(), expected, rtol=1e-4, atol=1e-5)
     larger = compose.merge(adapters, name).targets[target].delta.dense()
     assert float((larger - expected).norm()) > 0.01 * float(larger.norm())
+
+
+@pytest.mark.parametrize("method", ["ties", "tsvm", "wudi"])
+def test_an_update_that_is_not_finite_is_refused_by_target(method):
+    generator = torch.Generator().manual_seed(0)
+    adapters = [
+        Adapter(
+            name,
+            "base",
+            {"q": LowRank(torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator), 1.0)},
+        )
+        for name in ("one", "two")
+    ]
+    with pytest.raises(IncompatibleError, match=r"target q: the merged update is not finite in torch\.float32"):
+        compose.merge(adapters, method, rank=2, scale=1e300)
