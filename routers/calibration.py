@@ -14,6 +14,7 @@ from torch import nn
 
 from compose.errors import IncompatibleError, UnknownNameError, unknown_name
 from compose.kernels.mixture_lora.op import mixture_lora
+from compose.kernels.stack import LoraStack
 from compose.routers.centroids import centroids
 from compose.routers.gates.proto import Prototypes
 from compose.routers.routed import RoutedModel
@@ -187,6 +188,9 @@ class _OneExpert(nn.Module):
     def __init__(self, expert: int | None) -> None:
         super().__init__()
         self.expert = expert
+
+    def spread(self, routing: Routing, stack: LoraStack, backend: str) -> None:
+        """Gates are spread over nothing."""
 
     def forward(self, x: torch.Tensor, call: Any, routing: Routing) -> torch.Tensor:
         """Return the base output, plus the expert's."""

@@ -6,16 +6,44 @@ Shape letters: ``B`` rows, ``T`` tokens, ``D`` in, ``O`` out, ``E`` experts, ``K
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from compose.errors import IncompatibleError
+from compose.kernels.lowrank import add_lowrank_, lowrank
 from compose.kernels.mixture_lora.op import mixture_lora
 from compose.kernels.stack import LoraStack
 from compose.routers.routing import Routing
 from compose.routers.spec import MixtureSpec
+
+
+class Rows(NamedTuple):
+    """Gates spread over rank rows once, for every target whose ranks and scalings are alike.
+
+    Attributes:
+        c: ``(B, 1, R)`` or ``(B, T, R)``, scalings included, in the dtype of the factors.
+        lead: ``(B,)`` or ``(B, T)``: how often gates change.
+        alike: See `compose.kernels.stack.Spread`.
+    """
+
+    c: torch.Tensor
+    lead: torch.Size
+    alike: tuple[tuple[int, ...], tuple[float, ...]]
+
+    def fit(self, x: torch.Tensor, stack: LoraStack) -> bool:
+        """Whether they are for this stack and input as they are; anything else is for the op to cast or refuse."""
+        spread = stack.spread()
+        alike = spread is not None and (spread.alike is self.alike or spread.alike == self.alike)
+        return alike and x.dim() == 3 and x.shape[: len(self.lead)] == self.lead and x.dtype == self.c.dtype
+
+    def add(self, x: torch.Tensor, call: Any) -> torch.Tensor:
+        """Return the base output plus the mixture, where they fit."""
+        stack, base = call.stack, call.base
+        if call.owns_base and not torch.is_grad_enabled() and x.is_contiguous() and base.is_contiguous():
+            return add_lowrank_(base, x, stack.a_RD, stack.b_RO, self.c)
+        return lowrank(x, stack.a_RD, stack.b_RO, self.c, base, reuse_base=call.owns_base)
 
 
 class Mixer(nn.Module):
@@ -38,6 +66,31 @@ class Mixer(nn.Module):
         self._structure_of, self._residual_of = dict(structures or {}), dict(residuals or {})
         self.structures = nn.ModuleDict({key.replace(".", "/"): module for key, module in self._structure_of.items()})
         self.residuals = nn.ModuleDict({key.replace(".", "/"): module for key, module in self._residual_of.items()})
+        own = self._structure_of or self._residual_of
+        plain = (spec.combine, spec.structure, spec.expert_grad) == ("outputs", "lora", "plain")
+        self._spreads = plain and not own
+
+    def spread(self, routing: Routing, stack: LoraStack, backend: str) -> Rows | None:
+        """The routing's rows for targets like that of ``stack``; None where `mixture_lora` has to choose how to mix.
+
+        Chosen experts become dense gates where all rows together cost less than picking some.
+        """
+        if not self._spreads or backend not in ("auto", "cpu"):
+            return None
+        spread, gates, ids = stack.spread(), routing.gates, routing.expert_ids
+        if spread is None or not (spread.complete or self.spec.missing == "zero"):
+            return None
+        lead = gates.shape[:-1]
+        if not lead or gates.dtype != spread.matrix_RE.dtype or routing.probs.shape[-1] != stack.num_adapters:
+            return None
+        if ids is None:
+            c = nn.functional.linear(gates, spread.matrix_RE)
+        elif stack.num_rows <= _ROWS_PER_CHOICE * ids.shape[-1]:
+            c = nn.functional.linear(routing.wide(ids), spread.wide)
+        else:
+            return None
+        c = c.to(stack.a_RD.dtype)
+        return Rows(c if len(lead) == 2 else c.unsqueeze(1), lead, spread.alike)
 
     def forward(self, x: torch.Tensor, call: Any, routing: Routing) -> torch.Tensor:
         """Return the base output plus the mixture: ``x (B, D)`` or ``(B, T, D)`` -> the same with ``O``."""
@@ -77,6 +130,10 @@ class Mixer(nn.Module):
         total, rest = (each.abs().sum(-1, keepdim=True) for each in (routing.gates, kept))
         share = torch.where(rest > 1e-12, total / torch.where(rest == 0, torch.ones_like(rest), rest), 0.0)
         return kept * share, routing.expert_ids
+
+
+_ROWS_PER_CHOICE = 32
+"""Up to so many rank rows per chosen expert, all rows together cost less than the chosen ones; see kernels/README."""
 
 
 def _check_tokens(x: torch.Tensor, gates: torch.Tensor, target: str) -> None:

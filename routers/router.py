@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from compose.routers.component import SiteShape
+from compose.routers.gates.linear import LinearScores
 from compose.routers.perturb import add_noise, drop_experts, limit_capacity
 from compose.routers.renormalise import renormalise
 from compose.routers.routing import Routing
 from compose.routers.sites import Site
+from compose.routers.soft import soft_gates
 from compose.routers.spec import MixtureSpec
 from compose.routers.steps import Seen, Selected, masked
 
@@ -50,6 +52,7 @@ class SiteRouter(nn.Module):
             self.gate = _Splits([self.gate, *(spec.gate.build(shape) for _ in range(spec.splits - 1))])
         self.normalise = spec.normalise.build(shape)
         self.select = spec.select.build(shape)
+        self._soft = soft_gates(spec, self.select) if self.complete else None
         self.post_E: nn.Parameter | None = None
         if spec.post != "none":
             self.post_E = nn.Parameter(torch.zeros(shape.num_experts) + torch.tensor(spec.post_init))
@@ -60,10 +63,18 @@ class SiteRouter(nn.Module):
             ones = self.available_E.float() + self.always_E
             return Routing(ones * self.spec.global_scale, None, torch.zeros_like(ones), ones)
         device = self.available_E.device.type
-        if not torch.is_autocast_enabled(device):
-            return self._decide(self.gate, seen)
-        with torch.autocast(device_type=device, enabled=False):
-            return self._decide(self.gate, seen)
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device_type=device, enabled=False):
+                return self._decide(self.gate, seen)
+        return self._decide(self.gate, seen)
+
+    def quick(self, x: torch.Tensor) -> Routing | None:
+        """`forward` of layer inputs ``x (..., D)`` in few operators where that is possible, else None.
+
+        For callers that know that nobody watches the steps and that no autocast is on.
+        """
+        gate = self.gate if self._soft is not None else None
+        return self._soft.decide(gate, x) if self._soft is not None and isinstance(gate, LinearScores) else None
 
     def _decide(self, gate: nn.Module, seen: Seen) -> Routing:
         """From scores to gates."""

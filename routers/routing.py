@@ -32,11 +32,12 @@ class Routing(NamedTuple):
 
     def dense(self) -> torch.Tensor:
         """Gates ``(..., E)``, 0 for experts that were not selected."""
-        if self.expert_ids is None:
-            return self.gates
-        places = torch.where(self.expert_ids < 0, self.probs.shape[-1], self.expert_ids)
-        wide = self.gates.new_zeros(*self.gates.shape[:-1], self.probs.shape[-1] + 1)
-        return wide.scatter_add(-1, places, self.gates)[..., :-1]
+        return self.gates if self.expert_ids is None else self.wide(self.expert_ids)[..., 1:]
+
+    def wide(self, expert_ids: torch.Tensor) -> torch.Tensor:
+        """`dense` with a place more in front, for what has no expert: ``(..., 1 + E)``; ids are the routing's own."""
+        empty = self.gates.new_zeros(*self.gates.shape[:-1], 1 + self.probs.shape[-1])
+        return empty.scatter_add_(-1, expert_ids + 1, self.gates)
 
 
 class Decisions(NamedTuple):

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -20,21 +20,23 @@ from torch.utils.hooks import RemovableHandle
 
 from compose.errors import IncompatibleError
 from compose.kernels.stack import LoraStack
+from compose.kernels.watched import Unwatched
 from compose.routers.context import RoutingContext, padding_of, repeat_rows
 from compose.routers.decisions import decisions_of
 from compose.routers.ffn import place_ffn_experts
 from compose.routers.first_pass import base_pass, past_length
-from compose.routers.mixing import Mixer
+from compose.routers.lanes import lane_of
+from compose.routers.mixing import Mixer, Rows
 from compose.routers.pooling import pool
 from compose.routers.router import Router
 from compose.routers.routing import Decisions, Routing
-from compose.routers.sites import Site, body_path, reads_encoder
+from compose.routers.sites import Site, body_path
 from compose.routers.spec import reads_prompt_too
 from compose.routers.steps import Seen
 from compose.routers.taps import tap_target, tapped
 
-BODY_INPUTS = ("embeddings", "first_pass", "tap")
 BASE_INPUTS = ("first_pass", "tap")
+PER_ROW = ("none", "task_id", "cluster_id", "text")
 _NUMBERS = count()
 
 
@@ -95,6 +97,13 @@ class _Body:
     encoder_mask: torch.Tensor | None = None
 
 
+class _Decided(NamedTuple):
+    """A routing; of a site with several targets also its gates spread over their rank rows."""
+
+    routing: Routing
+    rows: Rows | None
+
+
 class RoutingSession:
     """The selection that a router is.
 
@@ -117,10 +126,11 @@ class RoutingSession:
         self._tap = tap_target(attached, router.spec.tap) if router.spec.tap else ""
         paths = [site.body for site in router.layout.values()] + ([body_path(self._tap)] if self._tap else [])
         self._bodies = {path: _Body() for path in paths}
-        self._encoder_readers = frozenset(target for target in router.site_of if reads_encoder(target))
+        self._lanes = {target: lane_of(router, target) for target in router.site_of}
         self._base_prompt: torch.Tensor | None = None
         self._restore: Callable[[], None] | None = None
-        self._routings: dict[str, Routing] = {}
+        self._gates = {name: router.site(name) for name in router.layout}
+        self._decided: dict[str, _Decided] = {}
         self._records: list[Decisions] | None = None
         self._pending: list[Callable[[], Decisions]] = []
         self._keeps_inputs = False
@@ -129,6 +139,8 @@ class RoutingSession:
         self._prompts: dict[str, torch.Tensor] = {}
         self._kept_as = f"compose_gates_{next(_NUMBERS)}"  # attribute of caches: what was decided on their prompts
         self._per_prompt = router.spec.scope == "sequence" and router.spec.pooling != "none"
+        self._unwatched = Unwatched(nn.ModuleList([router, mixer]))
+        self._reads_tokens = router.spec.scope == "token" and router.spec.gate_input not in PER_ROW
 
     def check(self, targets: list[str], num_adapters: int) -> None:
         """Raise unless the router was built for this bank."""
@@ -143,10 +155,23 @@ class RoutingSession:
 
     def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """Return the base output plus the mixture's contribution for one target."""
-        name = self.router.site_of.get(call.target)
-        if name is None:
+        lane = self._lanes.get(call.target)
+        if lane is None:
             return _unchanged(x, call)
-        routing = self._routing(self.router.layout[name], x, call)
+        site, stack, quick = lane.site, call.stack, self._quick(x)
+        if lane.decides:
+            routing, rows = self._decide(site, x, stack, quick, keep=lane.keeps, of_encoder=lane.of_encoder)
+        elif site.name in self._decided:
+            routing, rows = self._decided[site.name]
+        else:
+            raise IncompatibleError(
+                f"{call.target}: nothing was routed yet at {site.name!r}; the router needs the whole model's forward, "
+                f"in which {site.leader!r} runs first"
+            )
+        if quick and lane.alone:
+            rows = self.mixer.spread(routing, stack, call.backend)
+        if quick and rows is not None and rows.fit(x, stack):
+            return rows.add(x, call)
         return self.mixer(x, call, routing)
 
     def install(self) -> None:
@@ -164,9 +189,9 @@ class RoutingSession:
                 site = next(site for site in self.router.layout.values() if site.body == path)
                 block = model.get_submodule(_first_block(model, site))
                 self._hooks.append(block.register_forward_pre_hook(self._before_first_block(path), with_kwargs=True))
-        for path, names in self._hidden_paths().items():
+        for path, sites in self._hidden_paths().items():
             module = model.get_submodule(path)
-            self._hooks.append(module.register_forward_pre_hook(self._before_hidden(names), with_kwargs=True))
+            self._hooks.append(module.register_forward_pre_hook(self._before_hidden(sites), with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off again."""
@@ -205,6 +230,12 @@ class RoutingSession:
         finally:
             self.context = before
 
+    def _quick(self, x: torch.Tensor | None) -> bool:
+        """Whether fast paths may run on an input: nothing is traced or cast, and nobody watches a step."""
+        if x is None or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return False
+        return self._unwatched()
+
     def _in_force(self) -> bool:
         return self.attached.active is self
 
@@ -217,8 +248,8 @@ class RoutingSession:
         self._settle()
         cache = getattr(output, "past_key_values", None)
         if cache is not None and (self._per_prompt or self._prompts) and self._in_force():
-            routings = dict(self._routings) if self._per_prompt else {}
-            setattr(cache, self._kept_as, (routings, dict(self._prompts)))
+            decided = dict(self._decided) if self._per_prompt else {}
+            setattr(cache, self._kept_as, (decided, dict(self._prompts)))
 
     def _recall(self, cache: Any) -> None:
         """Take up what was decided on the prompt in a cache; other prompts may have been read since."""
@@ -230,8 +261,8 @@ class RoutingSession:
                 "these gates are decided on the whole prompt, and this router was not in force when the prompt in the "
                 "cache was read; start without the cache"
             )
-        routings, prompts = kept
-        self._routings.update(routings)
+        decided, prompts = kept
+        self._decided.update(decided)
         self._prompts.update(prompts)
 
     def _settle(self) -> None:
@@ -255,21 +286,22 @@ class RoutingSession:
             body.context = self._context(body, kwargs)
             if self.router.spec.gate_input not in BASE_INPUTS:
                 return None
-            names = [name for name, site in self.router.layout.items() if site.body == path]
+            sites = [site for site in self.router.layout.values() if site.body == path]
             if self.router.spec.scope == "sequence":
-                self._decide_on_base_prompt(body, names, (module, args, kwargs))
+                self._decide_on_base_prompt(body, sites, (module, args, kwargs))
                 return None
             hidden, kwargs = base_pass(self.attached, module, args, kwargs)
             if reads_prompt_too(self.router.spec) and not (body.past and path in self._prompts):
                 self._prompts[path] = _pooled(self.router.spec.pooling, hidden, body)
-            for name in names:
-                self._decide(name, hidden, None)
+            quick = self._quick(hidden)
+            for site in sites:
+                self._decide(site, hidden, None, quick)
             return args, kwargs
 
         return hook
 
     def _decide_on_base_prompt(
-        self, body: _Body, names: list[str], call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+        self, body: _Body, sites: list[Site], call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
     ) -> None:
         """Decide once per sequence, on the prompt as the bare base model sees it; a decoder reads the encoder's."""
         if body.past:
@@ -281,8 +313,9 @@ class RoutingSession:
             rows = len(body.encoder) if body.encoder is not None else 0
             prompt = _pooled(self.router.spec.pooling, None, body) if prompt is None else repeat_rows(prompt, rows)
         stack = self.attached.layers[self._tap].stack if self._tap else None
-        for name in names:
-            self._decide(name, prompt, stack)
+        quick = self._quick(prompt)
+        for site in sites:
+            self._decide(site, prompt, stack, quick)
 
     def _read_base_prompt(
         self, body: _Body, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -316,23 +349,24 @@ class RoutingSession:
         predicts = body.decodes or not getattr(model.config, "is_encoder_decoder", False)
         return self._top.get("labels") if predicts and getattr(model, "can_generate", bool)() else None
 
-    def _hidden_paths(self) -> dict[str, list[str]]:
+    def _hidden_paths(self) -> dict[str, list[Site]]:
         """Module whose input is read -> sites that read it."""
-        paths: dict[str, list[str]] = {}
-        layout, gate_input = self.router.layout, self.router.spec.gate_input
-        for name, site in layout.items():
+        paths: dict[str, list[Site]] = {}
+        gate_input = self.router.spec.gate_input
+        for site in self.router.layout.values():
             if gate_input == "block":
-                paths.setdefault(site.block, []).append(name)
+                paths.setdefault(site.block, []).append(site)
             elif gate_input == "embeddings":
-                paths.setdefault(_first_block(self.attached.model, site), []).append(name)
+                paths.setdefault(_first_block(self.attached.model, site), []).append(site)
         return paths
 
-    def _before_hidden(self, names: list[str]) -> Callable[..., None]:
+    def _before_hidden(self, sites: list[Site]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._in_force():
                 hidden = kwargs.get("hidden_states", args[0] if args else None)
-                for name in names:
-                    self._decide(name, hidden, None)
+                quick = self._quick(hidden)
+                for site in sites:
+                    self._decide(site, hidden, None, quick)
 
         return hook
 
@@ -345,61 +379,51 @@ class RoutingSession:
 
         return hook
 
-    def _routing(self, site: Site, x: torch.Tensor, call: Call) -> Routing:
-        """The routing for one target: decided here by the site's leader, elsewhere found."""
-        of_encoder = call.target in self._encoder_readers
-        encoder_tokens = of_encoder and self.router.spec.scope == "token"
-        if encoder_tokens or (call.target == site.leader and self._reads_layers()):
-            return self._decide(site.name, x, call.stack, keep=not encoder_tokens, of_encoder=of_encoder)
-        if site.name not in self._routings:
-            raise IncompatibleError(
-                f"{call.target}: nothing was routed yet at {site.name!r}; the router needs the whole model's forward, "
-                f"in which {site.leader!r} runs first"
-            )
-        return self._routings[site.name]
-
     def _routing_of_part(self, name: str, x: torch.Tensor) -> Routing | None:
         """The routing of a feed-forward part for its input; None while the session is not in force."""
         if not self._in_force():
             return None
-        return self._decide(name, x, self.attached.layers[self.router.layout[name].leader].stack)
-
-    def _reads_layers(self) -> bool:
-        return self.router.spec.gate_input not in (*BODY_INPUTS, "block")
+        site = self.router.layout[name]
+        return self._decide(site, x, self.attached.layers[site.leader].stack, self._quick(x)).routing
 
     def _decide(
         self,
-        name: str,
+        site: Site,
         hidden: torch.Tensor | None,
         stack: LoraStack | None,
+        quick: bool,
         *,
         keep: bool = True,
         of_encoder: bool = False,
-    ) -> Routing:
+    ) -> _Decided:
         """Ask the gate of a site, unless its decision on the prompt stands."""
-        site = self.router.layout[name]
-        body = self._bodies[site.body]
-        if self._per_prompt and body.past and name in self._routings:
-            return self._routings[name]
+        name, body = site.name, self._bodies[site.body]
+        if self._per_prompt and body.past and name in self._decided:
+            return self._decided[name]
         if of_encoder:  # a decoder's target that reads the encoder's tokens: their mask, and no labels
             body = replace(body, context=replace(body.context.of_encoder(), attention_mask=body.encoder_mask))
-        seen = self._seen(site, body, hidden, stack)
-        routing = self.router(name, seen)
+        gate = self._gates[name]
+        routing = gate.quick(hidden) if quick and self._reads_tokens and hidden is not None else None
+        if routing is None:
+            routing = self.router(name, self._seen(site, body, hidden, stack))
         if self.transform is not None:
             routing = self.transform(name, routing)
+        rows = None
+        if quick and len(site.targets) > 1:  # not in layers: checkpointed ones would not do it again in backward
+            rows = self.mixer.spread(routing, self.attached.layers[site.leader].stack, self.attached.backend)
+        decided = _Decided(routing, rows)
         if keep:
-            self._routings[name] = routing
-        if self._records is not None and not self.router.site(name).constant:
+            self._decided[name] = decided
+        if self._records is not None and not gate.constant:
             inputs = (hidden, stack) if self._keeps_inputs and stack is not None else None
-            available_E = self.router.site(name).available_E
-            self._pending.append(partial(decisions_of, site, routing, body.context, available_E, hidden, inputs))
-        return routing
+            self._pending.append(partial(decisions_of, site, routing, body.context, gate.available_E, hidden, inputs))
+        return decided
 
     def _seen(self, site: Site, body: _Body, hidden: torch.Tensor | None, stack: LoraStack | None) -> Seen:
         spec, context = self.router.spec, body.context
         rows = None if hidden is None else hidden.shape[0]
         x, text = hidden, _text(spec.gate_input, context, rows)
-        if spec.gate_input in ("none", "task_id", "cluster_id", "text"):
+        if spec.gate_input in PER_ROW:
             x = text
         elif spec.scope == "sequence" and hidden is not None and hidden.dim() == 3:
             x = _pooled(spec.pooling, hidden, body)

@@ -10,6 +10,7 @@ from torch import nn
 
 from compose.engine.coefficients import LayerCall, Selection
 from compose.kernels.stack import LoraStack
+from compose.kernels.watched import watched
 
 
 class RuntimeState:
@@ -104,17 +105,20 @@ class ComposedLinear(_ComposedLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``(B, D)`` or ``(B, T, D)`` -> the same with ``O``; further arguments go to the base layer."""
-        base = self.base_layer(x, *args, **kwargs)
-        active = self._state.placed
-        if active is None:
+        layer, state = self.base_layer, self._state
+        if type(layer) is nn.Linear and not watched(layer) and not args and not kwargs:
+            base, owned = nn.functional.linear(x, layer.weight, layer.bias), True
+        else:
+            base, owned = layer(x, *args, **kwargs), _owns_output(layer)
+        if state.placed is None:
             return base
-        call = LayerCall(self.stack, base, self.target, self._state.backend, self._owns_output())
-        return active.apply(x, call)
+        return state.placed.apply(x, LayerCall(self.stack, base, self.target, state.backend, owned))
 
-    def _owns_output(self) -> bool:
-        """Whether nothing else can hold the base layer's output, so that the update may be added in place."""
-        plain = type(self.base_layer) is nn.Linear or type(self.base_layer).__name__ == "Conv1D"
-        return plain and not self.base_layer._forward_hooks
+
+def _owns_output(layer: nn.Module) -> bool:
+    """Whether nothing else can hold the base layer's output, so that the update may be added in place."""
+    plain = type(layer) is nn.Linear or type(layer).__name__ == "Conv1D"
+    return plain and not layer._forward_hooks
 
 
 class ComposedEmbedding(_ComposedLayer):

@@ -42,10 +42,18 @@ class LinearGate:
     def build(self, shape: SiteShape) -> nn.Module:
         """Return the gate of one site."""
         weight_ED = initial(self.init, shape.num_experts, shape.in_features, self.std, shape.generator)
-        return _Linear(weight_ED, torch.zeros(shape.num_experts) if self.bias else None, self.layer_norm)
+        return LinearScores(weight_ED, torch.zeros(shape.num_experts) if self.bias else None, self.layer_norm)
 
 
-class _Linear(nn.Module):
+class LinearScores(nn.Module):
+    """The linear gate of one site.
+
+    Attributes:
+        weight_ED: Trained.
+        bias_E: Trained; None without.
+        layer_norm: Whether the input is normalised first.
+    """
+
     def __init__(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, layer_norm: bool) -> None:
         super().__init__()
         self.weight_ED = nn.Parameter(weight_ED)

@@ -58,11 +58,15 @@ class _TopK(nn.Module):
         return take_top(logits, probs, self.k, biased)
 
 
+def best(order: torch.Tensor, k: int) -> torch.Tensor:
+    """int64 ``(..., k)``: where ``order (..., E)`` is highest, best first; of equal ones the lower index first."""
+    return order.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
 def take_top(logits: torch.Tensor, probs: torch.Tensor, k: int, order: torch.Tensor | None = None) -> Selected:
     """Keep the ``k`` experts of highest ``order`` (default: logits) per decision, best first.
 
     Equal ones go by index, lower first.
     """
-    ranked = (logits if order is None else order).detach()
-    ids = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :k]
+    ids = best(logits if order is None else order, k)
     return Selected(probs.gather(-1, ids), ids, logits.gather(-1, ids))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compose.kernels.lowrank import lowrank
+from compose.kernels.lowrank import add_lowrank_, lowrank
 
 SHARED, PER_ROW = (4, 5), (2, 4, 5)
 
@@ -119,3 +119,12 @@ def test_memory_that_cannot_be_written_safely_is_never_reused():
         frozen = base.clone()
     y = lowrank(x, a, b, c, frozen, reuse_base=True)
     torch.testing.assert_close(y, lowrank(x, a, b, c, base))
+
+
+@pytest.mark.parametrize("c_shape", [(2, 1, 4), (2, 3, 4)], ids=str)
+def test_the_fewest_operators_compute_the_same_in_place(c_shape):
+    x, a, b, c, base = _operands(SHARED, c_shape, "")
+    want = lowrank(x, a, b, c, base)
+    found = add_lowrank_(base, x, a, b, c)
+    assert found is base
+    torch.testing.assert_close(found, want)

@@ -78,3 +78,32 @@ def test_an_empty_stack_is_allowed():
 def test_ranks_that_do_not_add_up_are_refused():
     with pytest.raises(IncompatibleError, match="give 5 rows"):
         LoraStack(torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(2), (3, 2))
+
+
+def test_gates_are_spread_by_a_product_as_by_picking_columns(make_stack):
+    stack, gates = make_stack((2, 0, 3)), torch.randn(2, 4, 3)
+    spread = stack.spread()
+    assert spread is not None
+    assert not spread.complete
+    picked = (gates * stack.scaling_E).index_select(-1, stack.index.adapter_R)
+    torch.testing.assert_close(stack.row_coefficients(gates), picked)
+    wide = torch.cat([torch.full((2, 4, 1), 7.0), gates], -1)  # gates of no adapter come to nothing
+    torch.testing.assert_close(torch.nn.functional.linear(wide, spread.wide), picked)
+
+
+def test_a_new_scaling_is_noticed_and_a_trained_one_gets_its_gradient(make_stack):
+    stack, gates = make_stack((2, 1)), torch.ones(3, 2)
+    before = stack.row_coefficients(gates)
+    stack.scaling_E.mul_(2)
+    torch.testing.assert_close(stack.row_coefficients(gates), 2 * before)
+    stack.scaling_E.requires_grad_(True)
+    assert stack.spread() is None
+    (gradient,) = torch.autograd.grad(stack.row_coefficients(gates).sum(), stack.scaling_E)
+    assert gradient.tolist() == [6.0, 3.0]
+
+
+def test_gates_are_not_rounded_by_autocast(make_stack):
+    stack, gates = make_stack((2, 1)), torch.randn(3, 2)
+    want = stack.row_coefficients(gates)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(stack.row_coefficients(gates), want, rtol=0, atol=0)

@@ -12,6 +12,8 @@ from transformers import DynamicCache
 from compose.errors import IncompatibleError
 from compose.routers import preset
 from compose.routers.gates.linear import LinearGate
+from compose.routers.mixing import Rows
+from compose.routers.selectors.top_k import TopK
 from compose.routers.spec import MixtureSpec
 
 
@@ -86,3 +88,86 @@ def test_labels_of_the_decoder_s_tokens_are_not_those_of_the_encoder_s_it_attend
     (cross,) = [name for name in found if name.endswith("decoder.block.0.layer.1.EncDecAttention.k")]
     torch.testing.assert_close(found[cross], torch.full((3, 9), -1))
     torch.testing.assert_close(found[cross.replace("EncDecAttention.k", "EncDecAttention.q")], labels)
+
+
+NORMAL = LinearGate(init="normal", std=1.0)
+QUICK = {
+    "token": MixtureSpec(gate=NORMAL, train="both"),
+    "top 2": MixtureSpec(gate=NORMAL, select=TopK(k=2), renormalise="sum"),
+    "group": MixtureSpec(gate=NORMAL, site="group", train="both"),
+    "block": MixtureSpec(gate=NORMAL, site="block", gate_input="block"),
+    "first pass": MixtureSpec(gate=NORMAL, site="model", gate_input="first_pass"),
+    "first pass, per target": MixtureSpec(gate=NORMAL, gate_input="first_pass"),
+    "sequence": MixtureSpec(gate=NORMAL, site="block", scope="sequence", gate_input="block", pooling="mean"),
+}
+
+
+@pytest.mark.parametrize("ranks", [(2, 2, 2, 2), (3, 1, 8, 5)], ids=str)
+@pytest.mark.parametrize("spec", QUICK.values(), ids=QUICK)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_fast_path_gives_the_loss_and_the_gradients_of_the_steps(
+    name, spec, ranks, routed_over, batch, monkeypatch
+):
+    routed, inputs = routed_over(name, spec, ranks=ranks, skip="layers.1"), batch(name)
+    added = count_calls(monkeypatch, Rows, "add")
+    found = []
+    for _ in range(2):
+        output = routed(**inputs)
+        found.append((output.logits, torch.autograd.grad(output.loss, list(routed.trained_parameters().values()))))
+        used = len(added)
+        monkeypatch.setattr(routed.session, "_quick", lambda x: False)
+    assert 0 < used == len(added)  # the second time none
+    torch.testing.assert_close(*found, rtol=1e-4, atol=5e-5)  # float32 sums in another order, through all layers
+
+
+@pytest.mark.parametrize(
+    ("which", "reentrant"),
+    [("token", False), ("token", True), ("group", False), ("group", True), ("first pass", False)],
+)
+def test_checkpointed_layers_decide_and_spread_again(which, reentrant, routed_over, batch):
+    routed, inputs = routed_over("llama", QUICK[which], ranks=(2, 2, 2)).train(), batch("llama")
+    trained = list(routed.trained_parameters().values())
+    want = torch.autograd.grad(routed(**inputs).loss, trained)
+    routed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        routed.model.enable_input_require_grads()
+    routed(**inputs).loss.backward()
+    torch.testing.assert_close(tuple(parameter.grad for parameter in trained), want, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_hooks_on_every_part_are_called(mode, routed_over, batch):
+    routed, ids = routed_over("llama", QUICK["token"], ranks=(2, 2, 2)), batch("llama")["input_ids"]
+    want = routed(input_ids=ids).logits
+    target = next(iter(routed.attached.layers))
+    site, layer = routed.router.site(target), routed.attached.layers[target]
+    parts = [routed.router, site, site.gate, site.normalise, site.select, routed.mixer, layer, layer.base_layer]
+    for part in parts:
+        calls = []
+        hook = part.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with getattr(torch, mode)():
+            torch.testing.assert_close(routed(input_ids=ids).logits, want)
+        hook.remove()
+        assert calls
+
+
+@torch.no_grad()
+def test_an_ablation_changes_what_is_spread(routed_over, batch):
+    routed, ids = routed_over("llama", QUICK["first pass"], ranks=(2, 2, 2)), batch("llama")["input_ids"]
+    with routed.transformed(lambda site, routing: routing._replace(gates=torch.zeros_like(routing.gates))):
+        without = routed(input_ids=ids).logits
+    with routed.disable():
+        torch.testing.assert_close(without, routed.model(input_ids=ids).logits)
+
+
+def count_calls(monkeypatch, owner, name) -> list[int]:
+    calls: list[int] = []
+    original = getattr(owner, name)
+
+    def counted(*args):
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls

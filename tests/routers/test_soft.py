@@ -1,0 +1,83 @@
+"""The fast decision of linear scores, softmax and top k equals the steps it stands for, gradients and all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compose.routers.gates.linear import LinearGate
+from compose.routers.normalisations.sigmoid import Sigmoid
+from compose.routers.normalisations.softmax import Softmax
+from compose.routers.router import SiteRouter
+from compose.routers.selectors.top_k import TopK
+from compose.routers.spec import MixtureSpec
+
+SOFT = {
+    "all": {},
+    "temperature and bias": {
+        "normalise": Softmax(temperature=0.3),
+        "gate": LinearGate(init="normal", std=1, bias=True),
+    },
+    "top 2": {"select": TopK(k=2)},
+    "top 2, sum": {"select": TopK(k=2), "renormalise": "sum"},
+    "top 2, softmax, temperature": {
+        "select": TopK(k=2),
+        "renormalise": "softmax",
+        "normalise": Softmax(temperature=2),
+    },
+    "top 1, sum": {"select": TopK(k=1), "renormalise": "sum"},
+    "ties": {"select": TopK(k=3), "gate": LinearGate(init="zeros")},
+}
+MORE = {
+    "layer norm": {"gate": LinearGate(layer_norm=True)},
+    "learned temperature": {"normalise": Softmax(learned=True)},
+    "another normalisation": {"normalise": Sigmoid()},
+    "selection bias": {"select": TopK(k=2, selection_bias=True)},
+    "double softmax": {"select": TopK(k=2), "renormalise": "softmax_probs"},
+    "all renormalised": {"renormalise": "sum"},
+    "bias after selection": {"post": "bias"},
+    "power": {"gate_power": 2},
+    "scale": {"global_scale": 0.5},
+    "always on": {"always_on": ("expert-1",)},
+    "noise": {"noise": 0.1},
+    "expert dropout": {"expert_dropout": 0.1},
+    "capacity": {"capacity": 1.0},
+}
+
+
+def _site(shape, options) -> SiteRouter:
+    return SiteRouter(MixtureSpec(**{"gate": LinearGate(init="normal", std=1.0), **options}), shape(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lead", [(2, 3), (5,)], ids=str)
+@pytest.mark.parametrize("which", SOFT)
+def test_it_equals_the_steps(which, lead, dtype, shape, seen):
+    site, sight = _site(shape, SOFT[which]), seen(*lead, dtype=dtype)
+    x = sight.x.requires_grad_(True)
+    quick, slow = site.quick(x), site(sight._replace(x=x))
+    assert quick is not None
+    assert (quick.expert_ids is None) == (slow.expert_ids is None)
+    if quick.expert_ids is not None:
+        torch.testing.assert_close(quick.expert_ids, slow.expert_ids)
+    for name in ("gates", "logits", "probs"):
+        one, other = getattr(quick, name), getattr(slow, name)
+        torch.testing.assert_close(one, other)
+        weights = torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
+        inputs = (x, *site.gate.parameters())
+        gradients = [torch.autograd.grad((each * weights).sum(), inputs, retain_graph=True) for each in (one, other)]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("which", MORE)
+def test_it_steps_aside_where_there_is_more_to_a_decision(which, shape, seen):
+    assert _site(shape, MORE[which]).quick(seen(2, 3).x) is None
+
+
+def test_it_steps_aside_where_an_expert_is_missing_or_the_gate_was_replaced(shape, seen):
+    x = seen(2, 3).x
+    site = SiteRouter(MixtureSpec(), shape(4, [True, False, True, True]))
+    assert site.quick(x) is None
+    site = _site(shape, {})
+    site.gate = torch.nn.Identity()
+    assert site.quick(x) is None
