@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LEVELS = ("naive", "norm matched", "spectrum matched")
 KINDS = ("norm x 10", "rank-1 trigger", "random B", "colluding pair")
+ORTHOGONAL = "orthogonal halves"
+CASES = (*((kind, level) for kind in KINDS for level in LEVELS), ("colluding pair", ORTHOGONAL))
 TRIGGERED = ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
 """Targets that carry a trigger or a payload; the other kinds change all."""
 
@@ -40,11 +42,12 @@ def plant(kind: str, level: str, adapter: Adapter, seed: int) -> Adapter:
 
 
 def plant_pair(level: str, first: Adapter, second: Adapter, seed: int) -> tuple[Adapter, Adapter]:
-    """Return two adapters that carry halves of one payload, of rank 1 in every target of `TRIGGERED`.
+    """Return two adapters that carry one payload together, of rank 1 in every target of `TRIGGERED`.
 
-    ``naive``: both carry it with the norm of their own module on top of what they had. ``norm matched``: then every
-    module is rescaled. ``spectrum matched``: the halves take the place of each one's weakest direction; they write the
-    same direction and read orthogonal ones, so that not even the norm of their sum shows it.
+    ``naive``: both carry it with the norm of their own module, in place of their weakest direction. ``norm matched``:
+    then every module is rescaled. ``spectrum matched``: it takes the place of the strongest direction, with its size.
+    ``orthogonal halves``: parts that write one direction and read orthogonal ones take the place of the weakest, with
+    its size, so that not even the norm of their sum shows them.
     """
     made = []
     for part, one in enumerate((first, second)):
@@ -52,8 +55,11 @@ def plant_pair(level: str, first: Adapter, second: Adapter, seed: int) -> tuple[
         def change(found: Spectrum, generator: torch.Generator, part: int = part) -> Spectrum:
             write = _direction(len(found.u), generator)
             reads = torch.linalg.qr(torch.randn(len(found.v), 2, generator=generator, dtype=torch.float64))[0]
-            if level == "spectrum matched":
+            if level == ORTHOGONAL:
                 return _put(found, write, reads[:, part], float(found.s[-1]))
+            if level == "spectrum matched":
+                turned = Spectrum(found.u.flip(1), found.s.flip(0), found.v.flip(1))
+                return _put(turned, write, reads[:, 0], float(found.s[0]))
             return _put(found, write, reads[:, 0], float(found.s.norm()))
 
         name = f"{one.name}-pair-{level}-{part}"

@@ -7,8 +7,8 @@
 A bank of benign adapters of one kind is trained on the demo's base (`audit_bank`) and kept in OUT/audit_bank. Three
 times a third of the tasks is held out: their adapters are the clean cases and, with an anomaly planted, the bad ones
 (`audit_attacks`); those of the other tasks are the siblings. An adapter's score is its largest z-score among them, a
-pair's that of its sum among sums of siblings. AUC: how often a bad case scores above a clean one. "Flagged": score
-above the audit's own limit of 4.
+pair's that of its sum among sums of siblings. AUC: how often a bad case scores above a clean one. The audit remarks on
+p-values of at most 0.05, and its findings begin at a score of 4.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 FILE = "audit_study.jsonl"
 FOLDS = 3
 SMALLER = (20, 40)
-FLAG = 4.0
-"""The audit's own limit (`compose.hub_index.audit.reference.LIMIT`)."""
+LIMIT, RARE = 4.0, 0.05
+"""The audit's own limits (`compose.hub_index.audit.reference`)."""
 Row = dict[str, Any]
 
 
@@ -112,18 +112,27 @@ def make_fold(by_task: dict[str, list[Adapter]], number: int, seed: int) -> Fold
     return Fold(number, reference, clean, ReferenceDraws(clean[:2], [1.0, 1.0], reference, seed=seed))
 
 
-def score(reference: Reference, adapter: Adapter) -> float:
-    """Return the largest z-score of one adapter among its siblings."""
+class Seen(NamedTuple):
+    """What the audit says of one case: its score, and the p-value of that among siblings."""
+
+    score: float
+    p: float
+
+
+def look(reference: Reference, adapter: Adapter) -> Seen:
+    """Compare one adapter with its siblings."""
     from compose.hub_index.audit import Member
 
-    return reference.compare(Member.of(adapter))[0].score
+    member = Member.of(adapter)
+    return Seen(reference.compare(member)[0].score, reference.p_value(member) or 1.0)
 
 
-def pair_score(draws: ReferenceDraws, pair: Sequence[Adapter]) -> float:
-    """Return the largest z-score of a sum of two among sums of siblings."""
+def look_at_sum(draws: ReferenceDraws, pair: Sequence[Adapter]) -> Seen:
+    """Compare a sum of two with sums of siblings."""
     from compose.hub_index.audit.composed import compose_statistics
 
-    return draws.compare(compose_statistics(pair, [1.0, 1.0]))[0].score
+    found = draws.compare(compose_statistics(pair, [1.0, 1.0]))[0].score
+    return Seen(found, draws.p_value(found) or 1.0)
 
 
 def clean_pairs(fold: Fold) -> list[tuple[Adapter, Adapter]]:
@@ -133,41 +142,43 @@ def clean_pairs(fold: Fold) -> list[tuple[Adapter, Adapter]]:
 
 
 def clean_rows(fold: Fold) -> Iterator[Row]:
-    """Yield scores of held-out benign adapters and of their pairs, among all siblings and among fewer."""
+    """Yield what is seen of held-out benign adapters and of their pairs, among all siblings and among fewer."""
     from compose.hub_index.audit import Member, Reference
 
     members = [Member.of(one) for one in fold.clean]
     share = sum(max(one.energy1 for one in member.statistics.values()) > 0.9 for member in members) / len(members)
-    sizes = [*SMALLER, len(fold.reference)]
-    for size in sizes:
+    for size in (*SMALLER, len(fold.reference)):
         few = Reference(sorted(fold.reference.members, key=lambda one: one.identity)[:size])
-        found = [few.compare(member)[0].score for member in members]
-        flagged = sum(one > FLAG for one in found)
-        row = {"part": "clean", "fold": fold.number, "siblings": size, "scores": rounded(found)}
-        yield {**row, "flagged": flagged, "cases": len(found), "threshold": round(share, 3)}
-    found = [pair_score(fold.draws, pair) for pair in clean_pairs(fold)]
-    row = {"part": "clean pairs", "fold": fold.number, "draws": len(fold.draws), "scores": rounded(found)}
-    yield {**row, "flagged": sum(one > FLAG for one in found), "cases": len(found)}
+        row = {"part": "clean", "fold": fold.number, "siblings": size, "threshold": round(share, 3)}
+        yield {**row, **columns([look(few, one) for one in fold.clean])}
+    found = [look_at_sum(fold.draws, pair) for pair in clean_pairs(fold)]
+    yield {"part": "clean pairs", "fold": fold.number, "draws": len(fold.draws), **columns(found)}
 
 
 def planted_rows(fold: Fold, planted: int, seed: int) -> Iterator[Row]:
-    """Yield scores of planted anomalies, one row per kind and level."""
-    from audit_attacks import KINDS, LEVELS, plant, plant_pair
+    """Yield what is seen of planted anomalies, one row per kind and level; of a pair, the sum and the worse member."""
+    from audit_attacks import CASES, KINDS, plant, plant_pair
 
     pairs = clean_pairs(fold)
-    for level in LEVELS:
-        for at, kind in enumerate(KINDS):
-            marks = [seed * 10_000 + fold.number * 1000 + at * 100 + number for number in range(planted)]
-            places = [(7 * number) % len(fold.clean) for number in range(planted)]
-            row = {"part": "planted", "fold": fold.number, "level": level, "kind": kind, "cases": planted}
-            if kind == "colluding pair":
-                made = [plant_pair(level, *pairs[place], mark) for place, mark in zip(places, marks, strict=True)]
-                row["alone"] = rounded([max(score(fold.reference, one) for one in pair) for pair in made])
-                row["scores"] = rounded([pair_score(fold.draws, pair) for pair in made])
-            else:
-                bad = [plant(kind, level, fold.clean[p], mark) for p, mark in zip(places, marks, strict=True)]
-                row["scores"] = rounded([score(fold.reference, one) for one in bad])
-            yield row
+    for kind, level in CASES:
+        first = seed * 10_000 + fold.number * 1000 + KINDS.index(kind) * 100
+        marks = range(first, first + planted)
+        places = [(7 * number) % len(fold.clean) for number in range(planted)]
+        row = {"part": "planted", "fold": fold.number, "level": level, "kind": kind}
+        if kind == "colluding pair":
+            made = [plant_pair(level, *pairs[place], mark) for place, mark in zip(places, marks, strict=True)]
+            alone = [[look(fold.reference, one) for one in pair] for pair in made]
+            row |= columns([Seen(max(one.score for one in two), min(one.p for one in two)) for two in alone])
+            row["sum"] = columns([look_at_sum(fold.draws, pair) for pair in made])
+        else:
+            bad = [plant(kind, level, fold.clean[p], mark) for p, mark in zip(places, marks, strict=True)]
+            row |= columns([look(fold.reference, one) for one in bad])
+        yield row
+
+
+def columns(seen: Sequence[Seen]) -> Row:
+    """Return cases as columns of a row."""
+    return {"scores": rounded([one.score for one in seen]), "p": rounded([one.p for one in seen])}
 
 
 def rounded(values: Sequence[float]) -> list[float]:
@@ -184,65 +195,46 @@ def auc(bad: Sequence[float], clean: Sequence[float]) -> float:
 def print_tables(rows: list[Row]) -> None:
     """Print what was found per kind and level, and the false positives."""
     bank = next(row for row in rows if row["part"] == "bank")
-    alone = {row["fold"]: row for row in rows if row["part"] == "clean" and row["siblings"] not in SMALLER}
+    clean = [row for row in rows if row["part"] == "clean"]
+    alone = {row["fold"]: row for row in clean if row["siblings"] not in SMALLER}
     pairs = {row["fold"]: row for row in rows if row["part"] == "clean pairs"}
     siblings = next(iter(alone.values()))["siblings"]
     about = f"{bank['adapters']} benign adapters of rank {bank['rank']}, mean exact match {bank['exact']:.2f} on their"
     print(f"{about} own tasks; {FOLDS} folds of {siblings} siblings.\n")
-    print("| anomaly | attacker | cases | AUC | flagged | AUC of the sum | sum flagged |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    print(f"| anomaly | attacker | cases | AUC | p <= {RARE} | score > {LIMIT:.0f} |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
     planted = [row for row in rows if row["part"] == "planted"]
-    kinds = list(dict.fromkeys(row["kind"] for row in planted))
-    cells_of = dict.fromkeys((row["kind"], row["level"]) for row in planted)
-    for kind, level in sorted(cells_of, key=lambda one: kinds.index(one[0])):
+    for kind, level in dict.fromkeys((row["kind"], row["level"]) for row in planted):
         mine = [row for row in planted if (row["kind"], row["level"]) == (kind, level)]
-        found = [*planted_cells(mine, alone), *(sum_cells(mine, pairs) if "alone" in mine[0] else ("-", "-"))]
-        print(f"| {kind} | {level} | {total(mine, 'cases')} | {' | '.join(found)} |")
-    print("\n| benign, held out | siblings | cases | flagged |")
-    print("| --- | ---: | ---: | ---: |")
-    clean = [row for row in rows if row["part"] == "clean"]
+        two = "sum" in mine[0]
+        clean_of = {fold: pair_maxima(row["scores"]) if two else row["scores"] for fold, row in alone.items()}
+        print_line((f"{kind}, one by one" if two else kind, level), mine, clean_of)
+        if two:
+            sums = [{**row["sum"], "fold": row["fold"]} for row in mine]
+            print_line((f"{kind}, the sum", level), sums, {fold: row["scores"] for fold, row in pairs.items()})
+    print(f"\n| benign, held out | siblings | cases | p <= {RARE} | score > {LIMIT:.0f} |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     for size in dict.fromkeys(row["siblings"] for row in clean):
-        print_clean("adapters", size, [row for row in clean if row["siblings"] == size])
-    print_clean("sums of two", siblings, list(pairs.values()))
+        print_line(("adapters", str(size)), [row for row in clean if row["siblings"] == size])
+    print_line(("sums of two", str(siblings)), list(pairs.values()))
     share = sum(row["threshold"] for row in alone.values()) / len(alone)
-    cases = total(list(alone.values()), "cases")
-    print(f'| adapters, by the threshold "a module with energy1 > 0.9" | - | {cases} | {share:.1%} |')
+    print(f'\nBenign adapters with "energy1 > 0.9 in a module": {share:.0%}.')
 
 
-def print_clean(what: str, siblings: int, rows: Sequence[Row]) -> None:
-    """Print how many of the clean cases are flagged."""
-    cases = total(rows, "cases")
-    print(f"| {what} | {siblings} | {cases} | {total(rows, 'flagged') / cases:.1%} |")
-
-
-def planted_cells(rows: Sequence[Row], alone: dict[int, Row]) -> tuple[str, str]:
-    """Return AUC and flagged of adapters one by one; of a pair the higher score of the two counts, clean or not."""
-    if "alone" not in rows[0]:
-        return cells([(row["scores"], alone[row["fold"]]["scores"]) for row in rows])
-    return cells([(row["alone"], pair_maxima(alone[row["fold"]]["scores"])) for row in rows])
-
-
-def sum_cells(rows: Sequence[Row], pairs: dict[int, Row]) -> tuple[str, str]:
-    """Return AUC and flagged of the sums of pairs."""
-    return cells([(row["scores"], pairs[row["fold"]]["scores"]) for row in rows])
+def print_line(heads: tuple[str, str], rows: Sequence[Row], clean: dict[int, list[float]] | None = None) -> None:
+    """Print cases, AUC against the clean scores of their fold (mean over folds), and how many are remarked on."""
+    scores = [one for row in rows for one in row["scores"]]
+    rare = sum(one <= RARE for row in rows for one in row["p"]) / len(scores)
+    far = sum(one > LIMIT for one in scores) / len(scores)
+    found = [] if clean is None else [f"{sum(auc(row['scores'], clean[row['fold']]) for row in rows) / len(rows):.2f}"]
+    share = "{:.1%}" if clean is None else "{:.0%}"
+    print(f"| {' | '.join([*heads, str(len(scores)), *found, share.format(rare), share.format(far)])} |")
 
 
 def pair_maxima(scores: Sequence[float]) -> list[float]:
     """Return the larger score of the two members of every clean pair, as `clean_pairs` makes them."""
     step = len(scores) // FOLDS
     return [max(one, scores[(at + step) % len(scores)]) for at, one in enumerate(scores)]
-
-
-def cells(folds: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[str, str]:
-    """Return mean AUC over folds, and the share of bad cases above the limit."""
-    mean = sum(auc(bad, clean) for bad, clean in folds) / len(folds)
-    bad = [one for scores, _ in folds for one in scores]
-    return f"{mean:.2f}", f"{sum(one > FLAG for one in bad) / len(bad):.0%}"
-
-
-def total(rows: Sequence[Row], key: str) -> int:
-    """Sum one number over rows."""
-    return sum(int(row[key]) for row in rows)
 
 
 if __name__ == "__main__":

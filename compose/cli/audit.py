@@ -115,6 +115,7 @@ def _show_adapter(one: AdapterAudit) -> None:
             "targets": len(one.statistics) or None,
             "norm": f"{norm:.4g} (Frobenius, over all targets)" if one.statistics else None,
             "siblings": _state(one),
+            "score": None if one.score is None else f"{one.score:.1f} (p = {one.p:.3f} among its siblings)",
             "verdict": "refused" if one.refused else "no hard finding",
         }
     )

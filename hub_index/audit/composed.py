@@ -93,6 +93,7 @@ class Composition:
         layers: Norms per layer, in natural order.
         draws: Compositions of siblings it was compared with; 0: no reference.
         outliers: Its summaries among them, largest score first.
+        p: Share of the draws, itself counted in, with a score as high; None without a reference.
     """
 
     coefficients: Mapping[str, float]
@@ -100,6 +101,7 @@ class Composition:
     layers: tuple[LayerNorms, ...]
     draws: int = 0
     outliers: tuple[Outlier, ...] = ()
+    p: float | None = None
 
 
 def compose_statistics(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, ComposedStatistics]:
@@ -156,7 +158,8 @@ def describe_composition(
     table = ReferenceDraws(members, used, reference, draws=draws, seed=seed)
     outliers = table.compare(statistics)
     names = {one.name: weight for one, weight in chosen}
-    return Composition(names, statistics, _layers(members, used, statistics), len(table), tuple(outliers))
+    p = table.p_value(outliers[0].score) if outliers else None
+    return Composition(names, statistics, _layers(members, used, statistics), len(table), tuple(outliers), p)
 
 
 class ReferenceDraws:
@@ -204,6 +207,10 @@ class ReferenceDraws:
     def compare(self, statistics: Mapping[str, ComposedStatistics]) -> list[Outlier]:
         """Return the summaries of a composition among the draws, largest score first; empty without a reference."""
         return [] if self._group is None else self._group.compare(_table(statistics, self._modules))
+
+    def p_value(self, score: float) -> float | None:
+        """Return the share of the draws, itself counted in, with a score as high; None without a reference."""
+        return None if self._group is None else self._group.p_value(score)
 
 
 def _table(statistics: Mapping[str, ComposedStatistics], modules: Sequence[str]) -> np.ndarray:

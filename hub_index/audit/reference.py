@@ -9,6 +9,9 @@ model, targets and ranks, by two steps:
    (log of the largest ``|z|``: one target is off), get a robust z-score among the siblings' own summaries, each taken
    with itself left out. A hundred targets give a large peak by chance; the siblings' peaks say how large.
 
+The largest of these is the adapter's score. Siblings have scores too, and the share of those that are as high is a
+p-value without assumptions on distributions (conformal: if the adapter were one of them, its rank would be uniform).
+
 Letters: ``N`` siblings, ``M`` targets, ``F`` statistics, ``S = 2 F`` summaries.
 """
 
@@ -31,6 +34,8 @@ MOST = 256
 """More siblings than this add nothing; the first by hash are taken."""
 LIMIT = 4.0
 """Robust standard deviations beyond which a summary is a finding."""
+RARE = 0.05
+"""p-value of the score up to which it is a remark; with `FEWEST` siblings it can be reached, with fewer it cannot."""
 
 
 class Statistic(Protocol):
@@ -172,6 +177,21 @@ class Group:
         """Return the summaries of a member among the others, largest score first."""
         return self._outliers(self._left_out[number], np.delete(self._summaries, number, axis=0))
 
+    def p_value(self, score: float, number: int | None = None) -> float:
+        """Return the share of members, the one compared counted in, whose scores are at least ``score``.
+
+        Args:
+            score: Of an adapter outside the group, or of a member.
+            number: Of that member.
+        """
+        others = self._scores if number is None else np.delete(self._scores, number)
+        return float(1 + (others >= score).sum()) / (1 + len(others))
+
+    @cached_property
+    def _scores(self) -> np.ndarray:
+        """The largest score of every member among the others: ``(N,)``."""
+        return np.array([self.compare_member(number)[0].score for number in range(len(self.table))])
+
     def _z(self, values: np.ndarray, others: np.ndarray) -> np.ndarray:
         centre = np.median(others, axis=0)
         spread = 1.4826 * np.median(np.abs(others - centre), axis=0)
@@ -256,15 +276,29 @@ class Reference:
 
     def compare(self, member: Member) -> list[Outlier]:
         """Return the summaries of an adapter among its siblings, largest score first; none below `FEWEST` siblings."""
-        if len(self.siblings(member)) < FEWEST:
+        group, number = self._group_of(member)
+        if group is None:
             return []
+        if number is not None:
+            return group.compare_member(number)
+        return group.compare(feature_table(member.statistics, group.modules))
+
+    def p_value(self, member: Member) -> float | None:
+        """Return the share of adapters of its kind, itself counted in, with a score as high; None without a reference.
+
+        An ordinary adapter has one of at most `RARE` in about 1 of 20 cases.
+        """
+        group, number = self._group_of(member)
+        return None if group is None else group.p_value(self.compare(member)[0].score, number)
+
+    def _group_of(self, member: Member) -> tuple[Group | None, int | None]:
+        """Return the group of an adapter and its number there; no group below `FEWEST` siblings."""
+        if len(self.siblings(member)) < FEWEST:
+            return None, None
         chosen = sorted(self._groups[member.key], key=lambda one: one.identity)[: MOST + 1]
-        modules = sorted(member.statistics)
         if member.key not in self._tables:
+            modules = sorted(member.statistics)
             table = np.stack([feature_table(one.statistics, modules) for one in chosen])
             self._tables[member.key] = Group(modules, FEATURES, table)
-        group = self._tables[member.key]
         inside = [at for at, one in enumerate(chosen) if one.identity == member.identity]
-        if inside:
-            return group.compare_member(inside[0])
-        return group.compare(feature_table(member.statistics, modules))
+        return self._tables[member.key], inside[0] if inside else None

@@ -32,6 +32,7 @@ class AdapterAudit:
         state: ``"compared"`` with siblings, ``"no reference"`` (too few), or ``"not read"``.
         siblings: How many others of its base, targets and ranks there are.
         outliers: Its summaries among them, largest score first.
+        p: Share of adapters of its kind, itself counted in, with a score as high; None without a reference.
     """
 
     name: str
@@ -43,6 +44,7 @@ class AdapterAudit:
     state: State = "not read"
     siblings: int = 0
     outliers: tuple[Outlier, ...] = ()
+    p: float | None = None
 
     @property
     def refused(self) -> bool:
@@ -65,6 +67,7 @@ class AdapterAudit:
             "state": self.state,
             "siblings": self.siblings,
             "score": self.score,
+            "p": self.p,
             "findings": [_finding(one) for one in self.findings],
             "outliers": [one._asdict() for one in self.outliers],
             "statistics": {module: {**asdict(one), "sigma1": one.sigma1} for module, one in self.statistics.items()},
@@ -135,6 +138,7 @@ class AuditReport:
             "coefficients": dict(found.coefficients),
             "state": "compared" if found.draws else "no reference",
             "draws": found.draws,
+            "p": found.p,
             "findings": [_finding(one) for one in self.composed_findings],
             "layers": [{**one._asdict(), "ratio": one.ratio} for one in found.layers],
             "outliers": [one._asdict() for one in found.outliers],

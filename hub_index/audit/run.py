@@ -14,7 +14,7 @@ from compose.hub_index.audit.base_model import BaseModel
 from compose.hub_index.audit.composed import DRAWS, Composition, describe_composition
 from compose.hub_index.audit.duplicates import Copies, copies_of, find_copies
 from compose.hub_index.audit.evidence import Evidence
-from compose.hub_index.audit.reference import FEWEST, LIMIT, Member, Outlier, Reference
+from compose.hub_index.audit.reference import FEWEST, LIMIT, RARE, Member, Outlier, Reference
 from compose.hub_index.audit.report import AdapterAudit, AuditReport, by_severity
 from compose.hub_index.audit.rule import finding, is_hard, run_rules
 from compose.hub_index.audit.statistics import ModuleStatistics, adapter_statistics
@@ -191,7 +191,8 @@ def _finish(looked: _Looked, company: _Company, among: Copies) -> AdapterAudit:
     member = looked.member
     siblings = company.reference.siblings(member)
     outliers = company.reference.compare(member)
-    findings += _outlier_findings(outliers, len(siblings), company.without)
+    p = company.reference.p_value(member)
+    findings += _outlier_findings(outliers, p, len(siblings), company.without)
     findings += _copy_findings(member.name, among, copies_of(member, company.others))
     return AdapterAudit(
         evidence.name,
@@ -203,20 +204,29 @@ def _finish(looked: _Looked, company: _Company, among: Copies) -> AdapterAudit:
         "compared" if outliers else "no reference",
         len(siblings),
         tuple(outliers),
+        p,
     )
 
 
-def _outlier_findings(outliers: Sequence[Outlier], siblings: int, without: int) -> list[AuditFinding]:
-    if not outliers:
+def _outlier_findings(outliers: Sequence[Outlier], p: float | None, siblings: int, without: int) -> list[AuditFinding]:
+    if p is None:
         more = f"; {without} adapters of this base in the index have no statistics yet" if without else ""
         text = f"{siblings} siblings of the same base, targets and ranks; {FEWEST} are needed to compare with{more}"
         return [finding("stats.no-reference", "info", text)]
-    company = f"{siblings} siblings"
-    return [
-        finding(f"stats.{one.feature}", _grade(one.score), _outlier_text(one, company), one.module)
+    return _unusual("stats", outliers, p, f"{siblings} siblings")
+
+
+def _unusual(stage: str, outliers: Sequence[Outlier], p: float, company: str) -> list[AuditFinding]:
+    """Return a finding per summary beyond `LIMIT`; where there is none, a remark on a score that is `RARE`."""
+    found = [
+        finding(f"{stage}.{one.feature}", _grade(one.score), _outlier_text(one, company), one.module)
         for one in outliers
         if one.score > LIMIT
     ]
+    if not found and p <= RARE:
+        text = f"{_outlier_text(outliers[0], company)}; p = {p:.3f}, as of 1 in 20 ordinary ones"
+        found.append(finding(f"{stage}.rare", "low", text, outliers[0].module))
+    return found
 
 
 def _grade(score: float) -> Severity:
@@ -253,13 +263,11 @@ def _copy_findings(name: str, among: Copies, beyond: Copies) -> list[AuditFindin
 
 def _composed_findings(found: Composition, base: BaseModel | None) -> list[AuditFinding]:
     findings = []
-    if not found.draws:
+    if found.p is None:
         text = f"a member has fewer than {FEWEST} siblings that could stand for it; the sum is described, not compared"
         findings.append(finding("composed.no-reference", "info", text))
-    for one in found.outliers:
-        if one.score > LIMIT:
-            text = _outlier_text(one, f"{found.draws} compositions of siblings")
-            findings.append(finding(f"composed.{one.feature}", _grade(one.score), text, one.module))
+    else:
+        findings += _unusual("composed", found.outliers, found.p, f"{found.draws} compositions of siblings")
     for module, target in found.statistics.items():
         weight = base.norm(module) if base is not None else None
         if weight is not None and target.whole.fro > weight:

@@ -123,3 +123,13 @@ def test_the_summaries_of_a_member_are_compared_with_those_of_the_others() -> No
     found = next(one for one in group.compare_member(0) if one.kind == "shift")
     assert found.z == pytest.approx(shifts[0])
     assert found.score == pytest.approx(expected)
+
+
+def test_p_values_are_ranks_among_the_scores_of_siblings(sibling, siblings) -> None:
+    reference = Reference.of(siblings)
+    inside = {one.name: reference.p_value(Member.of(one)) for one in siblings}
+    assert sorted(inside.values()) == pytest.approx([rank / 30 for rank in range(1, 31)])
+    outside = [reference.p_value(Member.of(sibling(f"new-{seed}", 200 + seed))) for seed in range(40)]
+    assert np.mean([p <= 0.05 for p in outside]) <= 0.15
+    assert reference.p_value(Member.of(change(sibling("x", 100), "x", size=10.0))) == pytest.approx(1 / 31)
+    assert Reference.of(siblings[:5]).p_value(Member.of(sibling("x", 100))) is None

@@ -72,9 +72,13 @@ def test_a_bank_is_its_own_reference(bank: Path) -> None:
     assert by_rule(found["twin"].findings)["copies.exact"] == ["the same weights as sibling-0"]
     assert by_rule(found["sibling-0"].findings)["copies.exact"] == ["the same weights as twin"]
     assert found["twin"].siblings == 24  # all but its copy
-    flagged = [name for name, one in found.items() if any(rule.startswith("stats.") for rule in by_rule(one.findings))]
-    assert "loud" in flagged
-    assert len(flagged) <= 3
+    severe = [name for name, one in found.items() if one.score is not None and one.score > 4]
+    rare = [name for name, one in found.items() if "stats.rare" in by_rule(one.findings)]
+    assert "loud" in severe
+    assert len(severe) <= 3
+    assert "loud" not in rare
+    assert {one.severity for name in rare for one in found[name].findings if one.rule == "stats.rare"} <= {"low"}
+    assert found["loud"].p == pytest.approx(1 / 25)
     assert not report.refused
 
 
