@@ -24,12 +24,19 @@ def audit(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="PATH|NAME", help="A folder (one adapter or many), or a name in --index.", show_default=False
+            metavar="PATH|NAME", help="A folder (one adapter or many), or a name in the index.", show_default=False
         ),
     ],
     index: Annotated[
         Path | None,
-        typer.Option("--index", metavar="FILE", help="Index whose adapters are siblings.", rich_help_panel=INPUTS),
+        typer.Option(
+            "--index",
+            metavar="FILE",
+            envvar="COMPOSE_INDEX",
+            show_default=False,
+            help="Index whose adapters are siblings; for a name, adapters.db in your data folder by default.",
+            rich_help_panel=INPUTS,
+        ),
     ] = None,
     base: Base = None,
     compose_: Annotated[
@@ -59,7 +66,7 @@ def audit(
     """Audit an adapter, a folder of adapters, or a composed delta. Nothing unsafe is loaded and nothing is run.
 
     Structure is judged by rules; statistics only against at least 20 adapters of the same base, targets and ranks, in
-    the same folder or in --index. An adapter without findings is not proven harmless.
+    the same folder or in the index. An adapter without findings is not proven harmless.
     """
     report = _report(target, index, base, compose_, allow_full_modules)
     print_json(report.to_json()) if json else _show(report)
@@ -75,7 +82,7 @@ def _report(
     from compose.hub_index.audit import audit as run
     from compose.hub_index.audit import audit_composition
 
-    index = _open(index_path)
+    index = _open(index_path, target)
     try:
         if text is None:
             return run(target, index=index, base_model=base, full_modules=full_modules)
@@ -86,12 +93,13 @@ def _report(
             index.close()
 
 
-def _open(path: Path | None) -> Index | None:
-    if path is None:
-        return None
+def _open(path: Path | None, target: str) -> Index | None:
+    from compose.hub_index.place import default_index
     from compose.hub_index.store import Index
 
-    return Index.open(path, readonly=True)
+    if path is None and not Path(target).exists() and default_index().exists():
+        path = default_index()
+    return None if path is None else Index.open(path, readonly=True)
 
 
 def _show(report: AuditReport) -> None:

@@ -89,13 +89,14 @@ def test_wrong_use_is_told_and_exits_with_two(workspace, arguments: list[str], w
     assert words in result.stderr
 
 
-def test_a_name_that_is_neither_folder_nor_in_an_index() -> None:
+def test_a_name_that_is_neither_folder_nor_in_an_index(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     result = audit("no-such-adapter")
     assert result.exit_code == 2
     assert "--index" in result.stderr
 
 
-def test_a_name_of_an_index(workspace, tmp_path: Path) -> None:
+def test_a_name_of_an_index(workspace, tmp_path: Path, monkeypatch) -> None:
     from compose.formats.peft import read_adapter
     from compose.hub_index.records import AdapterRecord
     from compose.hub_index.store import Index
@@ -109,6 +110,8 @@ def test_a_name_of_an_index(workspace, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert "mine" in result.stdout
     assert "card.licence" not in result.stdout
+    monkeypatch.setenv("COMPOSE_INDEX", str(tmp_path / "adapters.db"))
+    assert audit("mine").stdout == result.stdout
     result = audit("moved", "--index", tmp_path / "adapters.db", "--fail-on", "critical")
     assert result.exit_code == 4
     assert "values.changed" in result.stdout
