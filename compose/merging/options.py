@@ -66,8 +66,13 @@ def _is_finite(value: Any) -> bool:
 
 
 def _in_words(hint: Any) -> str:
+    words = _alternatives(hint)
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _alternatives(hint: Any) -> list[str]:
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_in_words(one) for one in get_args(hint))
+        return [word for one in get_args(hint) for word in _alternatives(one)]
     if get_origin(hint) is Literal:
-        return ", ".join(repr(one) for one in get_args(hint))
-    return _WORDS.get(hint, str(hint))
+        return [repr(one) for one in get_args(hint)]
+    return [_WORDS.get(hint, str(hint))]
