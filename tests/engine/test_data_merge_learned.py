@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_is_refused(attached, name) -> None:
         ("adamerging", {"lr": 0}, "lr must be positive"),
         ("adamerging", {"steps": 0}, "steps must be a whole number"),
         ("adamerging", {"init": 1.5}, "in \\[0, 1\\] with clamp"),
-        ("adamerging", {"init": float("nan"), "clamp": False}, "init must be finite"),
+        ("adamerging", {"init": float("nan"), "clamp": False}, "init must be a finite number"),
         ("cat", {"scope": "task"}, "scope must be 'layer' or 'target'"),
         ("cat", {"epochs": 1.5}, "epochs must be a whole number"),
         ("cat", {"steps": 0}, "steps must be a whole number"),
