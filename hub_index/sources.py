@@ -1,8 +1,8 @@
 """Where adapters lie: one folder, a tree of folders, a snapshot in the cache of Hugging Face.
 
 Walking opens no file. Links to folders are not followed, and refused where they lead out of the tree. Links to files
-must stay in the adapter's folder, or in the repository's folder of the cache of Hugging Face, where snapshots link into
-``blobs``. The audit holds to the same.
+must stay in the adapter's folder, or in the repository's folder of the cache of Hugging Face, where snapshots link
+into ``blobs``. The audit holds to the same.
 """
 
 from __future__ import annotations

@@ -14,11 +14,14 @@ from compose.files.memory import enough_memory
     ids=["torch", "numpy", "Python"],
 )
 def test_what_cannot_be_allocated_is_told(allocate):
-    with pytest.raises(AdapterFormatError, match="here: it needs more memory than this process"), enough_memory("here"):
+    with (
+        pytest.raises(AdapterFormatError, match="here: it needs more memory than this process"),
+        enough_memory("here"),
+    ):
         allocate()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("other"), ValueError("other"), AdapterFormatError("other")])
 def test_other_errors_pass(error):
-    with pytest.raises(type(error), match="^other$"), enough_memory("here"):
+    with pytest.raises(type(error), match=r"^other$"), enough_memory("here"):
         raise error
