@@ -32,11 +32,16 @@ class Rows(NamedTuple):
     lead: torch.Size
     alike: tuple[tuple[int, ...], tuple[float, ...]]
 
-    def fit(self, x: torch.Tensor, stack: LoraStack) -> bool:
-        """Whether they are for this stack and input as they are; anything else is for the op to cast or refuse."""
+    def are_of(self, stack: LoraStack) -> bool:
+        """Whether gates spread over this stack's rows are the same."""
         spread = stack.spread()
-        alike = spread is not None and (spread.alike is self.alike or spread.alike == self.alike)
-        return alike and x.dim() == 3 and x.shape[: len(self.lead)] == self.lead and x.dtype == self.c.dtype
+        return spread is not None and (spread.alike is self.alike or spread.alike == self.alike)
+
+    def fit(self, x: torch.Tensor, base: torch.Tensor | None) -> bool:
+        """Whether they are for this input and base output; anything else is for the op to cast or refuse."""
+        dtype = self.c.dtype
+        tokens = x.ndim == 3 and x.shape[: len(self.lead)] == self.lead
+        return tokens and x.dtype == dtype and (base is None or base.dtype == dtype)
 
     def add(self, x: torch.Tensor, call: Any) -> torch.Tensor:
         """Return the base output plus the mixture, where they fit."""
@@ -81,16 +86,17 @@ class Mixer(nn.Module):
         if spread is None or not (spread.complete or self.spec.missing == "zero"):
             return None
         lead = gates.shape[:-1]
-        if not lead or gates.dtype != spread.matrix_RE.dtype or routing.probs.shape[-1] != stack.num_adapters:
+        if not lead or gates.dtype != spread.matrix_RE.dtype or routing.probs.shape[-1] != spread.matrix_RE.shape[1]:
             return None
         if ids is None:
             c = nn.functional.linear(gates, spread.matrix_RE)
-        elif stack.num_rows <= _ROWS_PER_CHOICE * ids.shape[-1]:
+        elif spread.wide.shape[0] <= _ROWS_PER_CHOICE * ids.shape[-1]:
             c = nn.functional.linear(routing.wide(ids), spread.wide)
         else:
             return None
-        c = c.to(stack.a_RD.dtype)
-        return Rows(c if len(lead) == 2 else c.unsqueeze(1), lead, spread.alike)
+        if c.dtype != stack.a_RD.dtype:
+            c = c.to(stack.a_RD.dtype)
+        return Rows(c if gates.ndim == 3 else c.unsqueeze(1), lead, spread.alike)
 
     def forward(self, x: torch.Tensor, call: Any, routing: Routing) -> torch.Tensor:
         """Return the base output plus the mixture: ``x (B, D)`` or ``(B, T, D)`` -> the same with ``O``."""

@@ -168,10 +168,11 @@ class RoutingSession:
                 f"{call.target}: nothing was routed yet at {site.name!r}; the router needs the whole model's forward, "
                 f"in which {site.leader!r} runs first"
             )
-        if quick and lane.alone:
-            rows = self.mixer.spread(routing, stack, call.backend)
-        if quick and rows is not None and rows.fit(x, stack):
-            return rows.add(x, call)
+        if quick:
+            if lane.alone:
+                rows = self.mixer.spread(routing, stack, call.backend)
+            if rows is not None and rows.fit(x, call.base) and (lane.alone or rows.are_of(stack)):
+                return rows.add(x, call)
         return self.mixer(x, call, routing)
 
     def install(self) -> None:

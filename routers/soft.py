@@ -37,7 +37,9 @@ class SoftGates(NamedTuple):
     def decide(self, gate: LinearScores, x: torch.Tensor) -> Routing:
         """Return the routing for ``x (..., D)``."""
         weight_ED = gate.weight_ED
-        logits = nn.functional.linear(x.to(weight_ED.dtype), weight_ED, gate.bias_E).float()
+        if x.dtype != weight_ED.dtype:
+            x = x.to(weight_ED.dtype)
+        logits = nn.functional.linear(x, weight_ED, gate.bias_E).float()
         scores = logits if self.temperature == 1.0 else logits / self.temperature
         probs = torch.softmax(scores, dim=-1)
         if self.k is None:

@@ -105,7 +105,7 @@ class ComposedLinear(_ComposedLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``(B, D)`` or ``(B, T, D)`` -> the same with ``O``; further arguments go to the base layer."""
-        layer, state = self.base_layer, self._state
+        layer, state = self._modules["base_layer"], self._state  # by attribute it runs torch's Python look-up
         if type(layer) is nn.Linear and not watched(layer) and not args and not kwargs:
             base, owned = nn.functional.linear(x, layer.weight, layer.bias), True
         else:

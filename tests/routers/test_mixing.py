@@ -67,7 +67,8 @@ def mixed(x: torch.Tensor, stack: LoraStack, base: torch.Tensor, routing: Routin
         return mixer(x, call, routing)
     found = mixer.spread(routing, stack, "auto")
     assert found is not None
-    assert found.fit(x, stack)
+    assert found.fit(x, base)
+    assert found.are_of(stack)
     return found.add(x, call)
 
 
@@ -98,19 +99,21 @@ def test_rows_are_for_stacks_whose_ranks_and_scalings_are_alike() -> None:
     stack, routing, x = random_stack((2, 2)), routing_of((2, 3), 2, None), torch.zeros(2, 3, 4)
     rows = Mixer(MixtureSpec()).spread(routing, stack, "auto")
     assert rows is not None
-    assert rows.fit(x, random_stack((2, 2), seed=7))
-    assert not rows.fit(x, random_stack((1, 3)))
-    assert not rows.fit(torch.zeros(2, 4, 4), stack)
-    assert not rows.fit(x.double(), stack)
+    assert rows.are_of(random_stack((2, 2), seed=7))
+    assert not rows.are_of(random_stack((1, 3)))
+    assert rows.fit(x, None)
+    assert not rows.fit(torch.zeros(2, 4, 4), None)
+    assert not rows.fit(x.double(), None)
+    assert not rows.fit(x, torch.zeros(2, 3, 5, dtype=torch.float64))
     stack.scaling_E[0] = 9.0  # noticed
-    assert not rows.fit(x, stack)
+    assert not rows.are_of(stack)
 
 
 def test_gates_of_single_tokens_are_not_stretched_over_several() -> None:
     stack = random_stack((2, 2))
     rows = Mixer(MixtureSpec()).spread(routing_of((2, 1), 2, None), stack, "auto")
     assert rows is not None
-    assert not rows.fit(torch.zeros(2, 6, 4), stack)
+    assert not rows.fit(torch.zeros(2, 6, 4), None)
 
 
 @pytest.mark.parametrize(
