@@ -105,7 +105,8 @@ class ComposedLinear(_ComposedLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``(B, D)`` or ``(B, T, D)`` -> the same with ``O``; further arguments go to the base layer."""
-        layer, state = self._modules["base_layer"], self._state  # by attribute it runs torch's Python look-up
+        layer: Any = self._modules["base_layer"]  # by attribute it runs torch's Python look-up
+        state = self._state
         if type(layer) is nn.Linear and not watched(layer) and not args and not kwargs:
             base, owned = nn.functional.linear(x, layer.weight, layer.bias), True
         else:
