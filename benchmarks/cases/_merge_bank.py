@@ -1,6 +1,6 @@
 """Adapters for the merging cases, and the child process that measures memory: ``_merge_bank.py METHOD COUNT SHAPES``.
 
-``SHAPES`` is ``110m`` (the whole model) or ``8b`` (one layer).
+``SHAPES`` is ``110m`` (the whole model), ``110m-layer`` or ``8b`` (one layer each).
 
 The child prints one JSON object, in bytes: ``adapters`` (their factors), ``peak`` (the most the process ever held),
 ``growth`` (how much of it came with the merge, adapters in memory before it).
@@ -72,7 +72,7 @@ def memory_of_merge(method: str, count: int, shapes: str) -> dict[str, int]:
 def _measured(method: str, count: int, shapes: str) -> dict[str, int]:
     """Memory of one merge; a small one goes first, so that imports and first calls are not counted."""
     merge_all(random_adapters(2, WIDTHS_110M, 1, rank=2, shrink=16), method)
-    widths, layers = {"110m": (WIDTHS_110M, 12), "8b": (WIDTHS_8B, 1)}[shapes]
+    widths, layers = {"110m": (WIDTHS_110M, 12), "110m-layer": (WIDTHS_110M, 1), "8b": (WIDTHS_8B, 1)}[shapes]
     adapters = random_adapters(count, widths, layers)
     size = sum(4 * adapter.num_parameters for adapter in adapters)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

@@ -168,17 +168,17 @@ def _point(label: str, dtype: torch.dtype, kind: str, target: float | None, sett
                 raise AssertionError(f"{cell.shape}: relative errors {errors}, allowed {bound}")
 
     def measure() -> Measured:
-        rounds = settings.rounds or (1 if settings.quick else 5)
+        rounds, at_least = settings.rounds or (1 if settings.quick else 5), 0.0 if settings.quick else 0.01
         cells: list[dict[str, Any]] = []
         for cell, ours, loop in _cells(kind, dtype, settings):
-            mine, theirs = interleaved(ours, loop, rounds=rounds, at_least=0.01)
+            mine, theirs = interleaved(ours, loop, rounds=rounds, at_least=at_least)
             found = {**cell.shape._asdict(), "ours_us": 1e6 * mine.best, "loop_us": 1e6 * theirs.best}
             if kind == "grouped":
-                fresh, _ = interleaved(cell.ours_once, ours, rounds=rounds, at_least=0.01)
+                fresh, _ = interleaved(cell.ours_once, ours, rounds=rounds, at_least=at_least)
                 found["new_plan_us"] = 1e6 * fresh.best
             if kind != "trained":
                 bounds = cell.bare() if kind == "grouped" else cell.bare_gated()
-                timings = interleaved(bounds[0], bounds[-1], rounds=rounds, at_least=0.01)
+                timings = interleaved(bounds[0], bounds[-1], rounds=rounds, at_least=at_least)
                 found["bare_us"] = 1e6 * min(timing.best for timing in timings)
             cells.append(found)
         return _summary(cells, target)

@@ -95,7 +95,10 @@ ROWS = (
     targets="the figures of the first prototype per method; TIES <= 15 s, DARE-TIES <= 10 s; <= 0.5 GB; svd >= 100x",
 )
 def merging(settings: Settings) -> Iterator[Point]:
-    """Yield one point per method and number of adapters; ``quick`` merges one small layer."""
+    """Yield one point per method and number of adapters, and per method its memory.
+
+    ``quick`` merges one small layer, and reads the memory of one method that keeps factors and of one that streams.
+    """
     layers, shrink = (1, 16) if settings.quick else (LAYERS, 1)
     for count in (8, 20):
         adapters = random_adapters(count, WIDTHS_110M, layers, rank=max(2, 16 // shrink), shrink=shrink)
@@ -103,7 +106,8 @@ def merging(settings: Settings) -> Iterator[Point]:
             if count == 8 or row.many:
                 yield _point(row, adapters, layers, settings)
     yield _svd_point(settings)
-    for method in dict.fromkeys(row.method for row in ROWS):
+    methods = dict.fromkeys(row.method for row in ROWS)
+    for method in ("sum", "ties") if settings.quick else methods:
         yield _memory_point(method, settings)
 
 
@@ -169,16 +173,16 @@ def _svd_point(settings: Settings) -> Point:
 def _memory_point(method: str, settings: Settings) -> Point:
     """Fresh processes: what a merge holds; where lines are streamed, also with more and more adapters."""
     streamed = not METHODS[method].contract.low_rank
-    counts = (2, 4, 6) if settings.quick else (8, 20, 40)
+    counts, shapes = ((2, 4), "110m-layer") if settings.quick else ((8, 20, 40), "110m")
     counts = counts if streamed else counts[:1]
 
     def gate() -> None:
-        found = memory_of_merge(method, 2, "110m")
+        found = memory_of_merge(method, 2, shapes)
         if not 0 < found["growth"] < found["peak"]:
             raise AssertionError(f"memory cannot be read: {found}")
 
     def measure() -> Measured:
-        rows = {count: memory_of_merge(method, count, "110m") for count in counts}
+        rows = {count: memory_of_merge(method, count, shapes) for count in counts}
         mebibytes = 2**20
         checks = [
             Check(f"growth during the merge, {count} adapters of {row['adapters'] / count / mebibytes:.0f} MiB",

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,9 +48,15 @@ def bench() -> Iterator[SimpleNamespace]:
                 del sys.modules[name]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick(bench: SimpleNamespace):
     return bench.registry.Settings(quick=True)
+
+
+@pytest.fixture(scope="module")
+def quick_records(bench: SimpleNamespace, quick):
+    """Return what a case records in its quick form, which runs once: ``quick_records("merging")``."""
+    return cache(lambda name: bench.run.run_case(bench.cases[name], quick))
 
 
 def test_every_file_of_the_folder_registers_cases(bench: SimpleNamespace) -> None:
@@ -59,8 +66,8 @@ def test_every_file_of_the_folder_registers_cases(bench: SimpleNamespace) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_case_runs_in_its_quick_form(bench: SimpleNamespace, quick, name: str) -> None:
-    records = bench.run.run_case(bench.cases[name], quick)
+def test_a_case_runs_in_its_quick_form(quick_records, name: str) -> None:
+    records = quick_records(name)
     assert records
     assert [record.get("reason") for record in records if record["status"] != "ok"] == []
     for record in records:
@@ -195,9 +202,8 @@ def test_every_gate_of_the_kernels_sees_its_result(
             point.gate()
 
 
-def test_a_mean_over_shapes_stores_every_shape_with_the_loop_and_the_bound(bench: SimpleNamespace, quick) -> None:
-    records = bench.run.run_case(bench.cases["kernels_cpu"], quick)
-    for record in records:
+def test_a_mean_over_shapes_stores_every_shape_with_the_loop_and_the_bound(quick_records) -> None:
+    for record in quick_records("kernels_cpu"):
         assert len(record["cells"]) == 2
         for cell in record["cells"]:
             assert min(cell["ours_us"], cell["loop_us"]) > 0
