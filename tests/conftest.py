@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 
 
+def pytest_collection_finish() -> None:
+    """Modules and collected tests stay: the garbage collector need not look through them again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -21,6 +28,16 @@ def _seed() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)  # models here are too small for a second thread to pay
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """Processes that start with torch and transformers imported; see ``warm_python.py``."""
+    from tests.warm_python import WarmPython
+
+    python = WarmPython()
+    yield python
+    python.close()
 
 
 def _tiny_llama() -> torch.nn.Module:
@@ -72,7 +89,7 @@ def any_model(request: pytest.FixtureRequest) -> torch.nn.Module:
     return TINY_MODELS[request.param]().eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model():
     """Return a factory: ``tiny_model("llama")``."""
 

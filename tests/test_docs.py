@@ -38,12 +38,10 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) < 250
 
 
-def test_the_example_runs(tmp_path: Path) -> None:
+def test_the_example_runs(tmp_path: Path, warm_python) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(code.splitlines()) <= 12
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = warm_python.run(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows, mixed = done.stdout.splitlines()
     assert rows.startswith("['STONE RIVER LAMP', 'lamp river stone', ")

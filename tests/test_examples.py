@@ -1,7 +1,5 @@
 """Every example runs offline and prints something."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ def test_there_are_examples_and_the_readme_lists_them_all() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs(path: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_an_example_runs(path: Path, tmp_path: Path, warm_python) -> None:
+    done = warm_python.run(path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 4

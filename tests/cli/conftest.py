@@ -1,11 +1,8 @@
 """A tiny random Llama with a character tokenizer, a bank of three adapters, examples; a way to call the program."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from compose.adapter import Adapter, LowRank
 from compose.formats.peft import write_adapter
 
-COMPOSE = [sys.executable, "-P", "-c", "from compose.cli.main import main; main()"]
+COMPOSE = "from compose.cli.main import main; main()"
 CHARACTERS = ["<pad>", "<eos>", " ", *"abcdefghijklmnopqrstuvwxyz:"]
 
 
@@ -94,25 +91,22 @@ def search_options(workspace: Workspace) -> list[str]:
 
 
 @pytest.fixture
-def compose_command() -> list[str]:
-    """The program as a command line to start a process with."""
-    return list(COMPOSE)
+def start_compose(warm_python):
+    """Start the program in its own process, away from the checkout: ``start_compose("search", ...)``."""
+
+    def start(*arguments: object, cwd: Path | str = "/", stdin: str = ""):
+        return warm_python.start(COMPOSE, *arguments, cwd=cwd, stdin=stdin)
+
+    return start
 
 
 @pytest.fixture
-def call():
-    """Run the program in its own process, away from the checkout."""
+def call(start_compose):
+    """Run the program to its end; see `start_compose`."""
 
-    def run(*arguments: str, cwd: Path | None = None, stdin: str = "", **environment: str):
-        return subprocess.run(
-            [*COMPOSE, *arguments],
-            cwd=cwd or Path("/"),
-            env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+    def run(*arguments: object, **how: Any):
+        process = start_compose(*arguments, **how)
+        process.wait()
+        return process
 
     return run

@@ -1,9 +1,7 @@
 """``compose train``: from mixed records to a folder that opens again, interrupted runs, refusals."""
 
 import json
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -168,24 +166,20 @@ out: run
     assert invoke("train", "-c", recipe).exit_code == 2
 
 
-def test_an_interrupted_run_continues_to_the_same_end(inputs, compose_command, tmp_path) -> None:
+def test_an_interrupted_run_continues_to_the_same_end(inputs, start_compose, tmp_path) -> None:
     options = [*inputs, "--preset", "mola", "--set", "rank=2", "--checkpoint-every", "2", "--accumulation", "2"]
     options[options.index("--steps") + 1] = "60"
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        [*compose_command, *options, "--out", str(out)], cwd="/", env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_compose(*options, "--out", out)
     checkpoints = tmp_path / "run.partial" / "checkpoints"
     deadline = time.monotonic() + 200
     while not list(checkpoints.glob("step-*[4-9]")) and time.monotonic() < deadline:  # an earlier one is whole then
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.stderr
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
-    assert f"--out {out} --resume" in stderr
+    assert process.wait(120) == 130, process.stderr
+    assert "Traceback" not in process.stderr
+    assert f"--out {out} --resume" in process.stderr
     assert not out.exists()
     refused = invoke(*options, "--out", out)
     assert refused.exit_code == 2

@@ -1,11 +1,8 @@
 """The whole search: what it finds, what it writes, what it refuses, and that it resumes to the bit after kill -9."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -142,11 +139,11 @@ few_shot_search(loaded, bank, task[:4], settings=settings, out=sys.argv[2], resu
 """
 
 
-def start(out: Path, mode: str) -> subprocess.Popen:
+@pytest.fixture
+def start(warm_python):
+    """Start the search in a process of its own: ``start(out, "fresh")``, or ``"resume"``; "ready" when it begins."""
     fixtures = Path(__file__).with_name("conftest.py")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-P", "-c", DRIVER, str(fixtures), str(out), mode]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    return lambda out, mode: warm_python.start(DRIVER, fixtures, out, mode)
 
 
 def outcome(out: Path) -> dict:
@@ -156,19 +153,20 @@ def outcome(out: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_ten_kills_end_bit_identical_to_an_uninterrupted_run(tmp_path) -> None:
-    with start(tmp_path / "whole", "fresh") as process:
-        assert process.wait(300) == 0
+def test_ten_kills_end_bit_identical_to_an_uninterrupted_run(tmp_path, start, loaded, bank, task) -> None:
+    settings = SearchSettings(strategy="cma", evaluations=240, l1=0.01, controls=("base",))
+    few_shot_search(loaded, bank, task[:4], settings=settings, out=tmp_path / "whole")  # under another hash seed
     generator = random.Random(0)
     kills = 0
     for attempt in range(30):
-        with start(tmp_path / "killed", "fresh" if attempt == 0 else "resume") as process:
-            assert process.stdout is not None
-            assert process.stdout.readline().strip() == "ready"
-            if kills < 10:
-                time.sleep(0.05 + 0.12 * generator.random())
-                process.send_signal(signal.SIGKILL)
-            code = process.wait(300)
+        process = start(tmp_path / "killed", "fresh" if attempt == 0 else "resume")
+        while process.stdout.strip() != "ready":
+            assert process.poll() is None, process.stderr
+            time.sleep(0.005)
+        if kills < 10:
+            time.sleep(0.05 + 0.12 * generator.random())
+            process.send_signal(signal.SIGKILL)
+        code = process.wait(300)
         kills += code == -signal.SIGKILL
         if code == 0:
             break

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
@@ -87,7 +85,9 @@ def on_disk(tmp_path, make_experts):
 
 
 @pytest.mark.parametrize(("name", "spec"), [("llama", spec) for spec in SPECS] + [("gpt2", "both"), ("t5", "token")])
-def test_another_process_computes_identical_logits(name, spec, tmp_path, tiny_model, on_disk, batch, request) -> None:
+def test_another_process_computes_identical_logits(
+    name, spec, tmp_path, tiny_model, on_disk, batch, request, warm_python
+) -> None:
     spec = SPECS[spec]
     model = tiny_model(name)
     bank = on_disk(model, skip="q_proj")
@@ -100,7 +100,7 @@ def test_another_process_computes_identical_logits(name, spec, tmp_path, tiny_mo
         tests=str(request.config.rootpath / "tests"), name=name, bank=str(bank), trainable=spec.trains_experts,
         folder=str(tmp_path / "saved"), inputs=str(tmp_path / "inputs.pt"), out=str(tmp_path / "out.pt"),
     )  # fmt: skip
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, cwd="/", check=False)
+    done = warm_python.run(program)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), wanted, rtol=0, atol=0)
 

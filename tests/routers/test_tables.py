@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -78,7 +76,7 @@ def test_the_command_prints_every_table_and_writes_a_document(tmp_path, capsys) 
 
 
 @pytest.mark.slow
-def test_the_examples_run(tmp_path) -> None:
+def test_the_examples_run(tmp_path, warm_python) -> None:
     """One after the other, as a reader would; only the numbers of steps are smaller."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 4
@@ -86,9 +84,7 @@ def test_the_examples_run(tmp_path) -> None:
     rows = [{"task": task, "prompt": f"{task}: a b {n}", "response": f"{n} b a"} for task in "xy" for n in range(9)]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code = "\n".join(blocks).replace("300", "2")
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = warm_python.run(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "mixture").iterdir()} >= {"mixture.json", "experts.safetensors"}
     assert (tmp_path / "both" / "adapter_config.json").is_file()

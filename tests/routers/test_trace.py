@@ -1,9 +1,6 @@
 """trace.json: the same trace back, other files refused; sums of two processes."""
 
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -115,12 +112,9 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_gather_the_sums_of_both(tmp_path: Path) -> None:
-    (tmp_path / "worker.py").write_text(textwrap.dedent(WORKER))
-    command = [sys.executable, "-P", str(tmp_path / "worker.py")]
-    rest = [str(tmp_path), str(Path(__file__).parent)]
-    running = [subprocess.Popen([*command, str(rank), *rest]) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+def test_two_processes_gather_the_sums_of_both(tmp_path: Path, warm_python) -> None:
+    running = [warm_python.start(WORKER, rank, tmp_path, Path(__file__).parent) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0], [process.stderr for process in running]
     wanted = RoutingMeter(["a", "b", "c"], ["x", "y"])
     wanted.update([decisions("layers.0", 0, 0), decisions("layers.0", 0, 1), decisions("layers.1", 1, 5)])
     for rank in range(2):

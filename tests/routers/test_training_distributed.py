@@ -1,7 +1,7 @@
-"""Two processes of ``torchrun`` over gloo: equal weights in both, and those of one process."""
+"""Two processes over gloo, as ``torchrun`` starts them: equal weights in both, and those of one process."""
 
-import subprocess
-import sys
+import os
+import socket
 
 import pytest
 import torch
@@ -34,12 +34,17 @@ NAMES = ("router", "both")
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path, tiny_model, request) -> None:
-    file = tmp_path / "program.py"
-    file.write_text(PROGRAM.format(root=str(request.config.rootpath), out=str(tmp_path), names=NAMES, options=OPTIONS))
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_train_what_one_does(tmp_path, tiny_model, request, warm_python) -> None:
+    program = PROGRAM.format(root=str(request.config.rootpath), out=str(tmp_path), names=NAMES, options=OPTIONS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        warm_python.start(program, env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+    ]
+    for process in running:
+        assert process.wait() == 0, process.stderr[-3000:]
     for name in NAMES:
         (first, history), (second, same) = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         for key, value in first.items():

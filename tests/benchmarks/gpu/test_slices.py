@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu" / "slices.py"
 
 
-def test_every_case_passes_its_gate_and_is_recorded(tmp_path):
+def test_every_case_passes_its_gate_and_is_recorded(tmp_path, warm_python):
     out = tmp_path / "slices.jsonl"
-    command = [sys.executable, "-P", str(SCRIPT), "--smoke", "--commit", "test", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = warm_python.run(SCRIPT, "--smoke", "--commit", "test", "--out", out)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["status"] for record in records] == ["ok"] * 12

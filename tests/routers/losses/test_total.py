@@ -1,8 +1,5 @@
 """The sum of losses over sites."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -79,10 +76,8 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_add_up(tmp_path):
-    command = [sys.executable, "-P", "-c", PROCESS]
+def test_two_processes_add_up(tmp_path, warm_python):
     address = f"file://{tmp_path / 'meeting'}"
-    running = [subprocess.Popen([*command, str(rank), address], stderr=subprocess.PIPE) for rank in range(2)]
+    running = [warm_python.start(PROCESS, rank, address) for rank in range(2)]
     for process in running:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+        assert process.wait(120) == 0, process.stderr
