@@ -42,11 +42,16 @@ def make_experts():
 
 @pytest.fixture
 def routed_over(tiny_model):
-    """Return a factory: a tiny model with a bank and a router: ``routed_over("llama", spec)``."""
+    """Return a factory: a tiny model with a bank and a router: ``routed_over("llama", spec)``.
+
+    ``layers``: how many of a Llama's stay, where more are but repetition.
+    """
     made = []
 
-    def make(name: str, spec, *, ranks=RANKS, skip="", trainable=None, **options):
+    def make(name: str, spec, *, ranks=RANKS, skip="", trainable=None, layers=None, **options):
         model = tiny_model(name)
+        if layers is not None:
+            del model.model.layers[layers:]
         trainable = spec.trains_experts if trainable is None else trainable
         attached = attach(model, experts_over(model, ranks, skip=skip), trainable=trainable)
         made.append(build(attached, spec, **options))

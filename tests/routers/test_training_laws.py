@@ -1,4 +1,7 @@
-"""Laws of training over all presets that train: what trains changes, nothing else does, a run repeats itself."""
+"""Laws of training over all presets that train: what trains changes, nothing else does, a run repeats itself.
+
+Every preset on Llama, one of each kind on T5: see ``preset_kinds.py``.
+"""
 
 from dataclasses import replace
 
@@ -10,6 +13,7 @@ from compose.engine.attach import attach
 from compose.routers.presets.registry import PRESETS, experts_for
 from compose.routers.sampling import Sampling
 from compose.routers.training import train
+from tests.routers.preset_kinds import on_architectures
 from tests.routers.train_cases import LetterTokenizer, records
 
 TRAINED = [name for name in PRESETS if PRESETS[name].spec.train != "none"]
@@ -40,8 +44,7 @@ def run(name, model, make_experts):
     return state, names, result.history
 
 
-@pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize(("name", "architecture"), on_architectures(TRAINED, "t5"))
 def test_a_preset_trains(name, architecture, tiny_model, make_experts) -> None:
     model = tiny_model(architecture)
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -1,4 +1,7 @@
-"""Laws of every registered preset on tiny random Llama, T5 and BERT; a new preset is tested by being registered."""
+"""Laws of every registered preset on tiny random Llama, T5 and BERT; a new preset is tested by being registered.
+
+Every preset on Llama, one of each kind on the others: see ``tests/routers/preset_kinds.py``.
+"""
 
 import json
 
@@ -7,18 +10,25 @@ import torch
 
 from compose.routers.presets.registry import PRESETS
 from compose.routers.spec import MixtureSpec, reads_prompt_too
+from tests.routers.preset_kinds import on_architectures, one_of_each_kind
 
-ARCHITECTURES = ("llama", "t5", "bert")
 NAMES = list(PRESETS)
 SPECS = {name: PRESETS[name].spec for name in NAMES}
 SAME = {"none_r4", "none_r16", "none_r32", "none_r128"}  # none_r8 at other ranks
 NEEDS = {"tasks", "clusters", "text", "expert_labels", "calibration"}
 
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+def names_of(condition=lambda spec: True):
+    return [name for name in NAMES if name not in SAME and condition(SPECS[name])]
 
 
 def presets(condition=lambda spec: True):
-    return pytest.mark.parametrize("name", [name for name in NAMES if name not in SAME and condition(SPECS[name])])
+    return pytest.mark.parametrize("name", names_of(condition))
+
+
+def presets_on(*others, condition=lambda spec: True):
+    """All on Llama, one of each kind on ``others``."""
+    return pytest.mark.parametrize(("name", "architecture"), on_architectures(names_of(condition), *others))
 
 
 def without_labels(routed, inputs):
@@ -75,8 +85,7 @@ def test_the_specification_survives_json(name) -> None:
     assert set(entry.needs) <= NEEDS
 
 
-@every_architecture
-@presets()
+@presets_on("t5", "bert")
 def test_experts_and_gates_act(name, architecture, routed_preset, say, inputs_of) -> None:
     routed = routed_preset(name, architecture, awake=True)
     inputs, said = inputs_of(architecture), say(name)
@@ -88,8 +97,7 @@ def test_experts_and_gates_act(name, architecture, routed_preset, say, inputs_of
         assert (logits_of(routed, inputs, said) - mixed).abs().max() > 1e-6
 
 
-@every_architecture
-@presets(lambda spec: spec.train != "none")
+@presets_on("t5", "bert", condition=lambda spec: spec.train != "none")
 def test_a_preset_trains_what_it_promises(name, architecture, routed_preset, say, inputs_of) -> None:
     routed = routed_preset(name, architecture)
     inputs, said = inputs_of(architecture), say(name)
@@ -99,7 +107,7 @@ def test_a_preset_trains_what_it_promises(name, architecture, routed_preset, say
             return float(routed(**inputs, **said).loss)
 
     before, bare = loss(), bare_logits(routed, inputs)
-    train(routed, inputs, said, steps=20 if architecture == "llama" else 6)
+    train(routed, inputs, said, steps=6)
     assert loss() < before
     assert (logits_of(routed, inputs, said) - bare).abs().max() > 1e-5
     routed.train()(**inputs, **said).loss.backward()
@@ -112,8 +120,7 @@ def test_a_preset_trains_what_it_promises(name, architecture, routed_preset, say
     assert (sizes["experts"] > 0) == spec.trains_experts
 
 
-@every_architecture
-@presets()
+@presets_on("t5", "bert")
 def test_padding_changes_nothing(name, architecture, routed_preset, say, inputs_of) -> None:
     routed = routed_preset(name, architecture, awake=True)
     inputs, said = inputs_of(architecture), say(name)
@@ -138,8 +145,7 @@ def test_padding_changes_nothing(name, architecture, routed_preset, say, inputs_
         torch.testing.assert_close(two.logits[:, :width], one.logits, rtol=1e-4, atol=5e-5)  # 2e-15 in float64
 
 
-@every_architecture
-@presets()
+@presets_on("t5", "bert")
 def test_every_decision_has_an_expert_and_top_k_has_k(name, architecture, routed_preset, say, inputs_of) -> None:
     routed = routed_preset(name, architecture, awake=True)
     spec = routed.spec
@@ -221,8 +227,7 @@ def test_gates_stay_float32_in_a_bfloat16_model(name, routed_preset, say, inputs
         assert all(parameter.grad.isfinite().all() for parameter in routed.trained_parameters().values())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "t5"])
-@presets(lambda spec: spec.scope != "step")
+@presets_on("t5", condition=lambda spec: spec.scope != "step")
 def test_no_decision_on_the_prompt_reads_the_response(name, architecture, routed_preset, say, inputs_of) -> None:
     """Gates per sequence, and per token of the prompt; in an encoder-decoder model nothing but later tokens may."""
     routed = routed_preset(name, architecture, awake=True)
@@ -291,7 +296,7 @@ def test_generation_with_cache_beams_and_left_padding(name, routed_preset, say) 
     assert not routed.training
 
 
-@presets(lambda spec: spec.scope != "step")
+@pytest.mark.parametrize("name", one_of_each_kind(names_of(lambda spec: spec.scope != "step")))
 def test_generation_of_t5_with_cache(name, routed_preset, say) -> None:
     routed = routed_preset(name, "t5", awake=True)
     prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
@@ -299,8 +304,7 @@ def test_generation_of_t5_with_cache(name, routed_preset, say) -> None:
     assert routed.generate(prompts, **options) == routed.generate(prompts, use_cache=False, **options)
 
 
-@every_architecture
-@presets()
+@presets_on("t5", "bert")
 def test_nothing_is_left_behind(name, architecture, routed_preset, say, inputs_of) -> None:
     routed = routed_preset(name, architecture, awake=True)
     inputs, model, attached = inputs_of(architecture), routed.model, routed.attached
