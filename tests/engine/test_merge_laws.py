@@ -20,17 +20,23 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def folders(tiny_model, tmp_path):
-    """A Llama and one trained-looking adapter of each kind, written by PEFT."""
+@pytest.fixture(scope="module")
+def written(tiny_model, tmp_path_factory):
+    """One trained-looking adapter of each kind, written by PEFT."""
     peft = pytest.importorskip("peft", reason="PEFT writes the adapters")
-    found = {}
+    root, found = tmp_path_factory.mktemp("written"), {}
     for number, (kind, options) in enumerate(KINDS.items()):
         config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
         torch.manual_seed(10 + number)
-        peft.get_peft_model(tiny_model("llama"), config).save_pretrained(str(tmp_path / kind))
-        found[kind] = tmp_path / kind
-    return tiny_model("llama"), found
+        peft.get_peft_model(tiny_model("llama"), config).save_pretrained(str(root / kind))
+        found[kind] = root / kind
+    return found
+
+
+@pytest.fixture
+def folders(tiny_model, written):
+    """A Llama of the test's own, and the folders of the adapters."""
+    return tiny_model("llama"), written
 
 
 def statistics(bank: Bank) -> dict:
