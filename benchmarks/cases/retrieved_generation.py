@@ -15,6 +15,7 @@ from compose.bank import Bank
 from compose.demo.assets import demo_bank, demo_base
 from compose.demo.tasks import TASKS
 from compose.engine.generate import generate_tokens
+from compose.engine.rows import row_weights, rows_selection
 from compose.fewshot.loading import load_model
 from compose.retriever.composition import Composer
 from compose.retriever.encoders import HiddenStateEncoder
@@ -58,9 +59,21 @@ def retrieved_generation(settings: Settings) -> Iterator[Point]:
             rows = Composer(**options)(retriever, texts).rows()
             return _one_at_a_time(peft, prompts, rows, new)
 
+        def scores_agree(options: dict[str, Any] = options) -> None:
+            composed = Composer(**options)(retriever, texts)
+            rows = [row_weights(bank, row) for row in composed.rows()]
+            ids = torch.tensor([prompt[:5] for prompt in prompts], device=settings.device)
+            selection = rows_selection(rows, combine=composed.combine, device=attached.device)
+            with torch.no_grad(), attached.using(selection):
+                mine = attached.model(input_ids=ids).logits
+            pairs = zip(ids, composed.rows(), strict=True)
+            with torch.no_grad():
+                theirs = [_scores_alone(peft, row, weighted) for row, weighted in pairs]
+            torch.testing.assert_close(mine, torch.cat(theirs), atol=1e-4, rtol=1e-4)
+
         sets = len({tuple(sorted(row)) for row in Composer(**options)(retriever, texts).rows()})
         label = f"{mode}, k={k}: {count} rows, {sets} different {'adapters' if k == 1 else 'sets'}"
-        yield _point(label, ours, baseline, count * new, settings)
+        yield _point(label, ours, baseline, scores_agree, count * new, settings)
 
 
 def _one_at_a_time(
@@ -76,10 +89,16 @@ def _one_at_a_time(
         answers = generate_tokens(peft, [prompts[place] for place in places], max_new_tokens=new, stop_ids=[])
         for place, answer in zip(places, answers, strict=True):
             found[place] = answer
-        if len(weighted) > 1:
-            peft.set_adapter(weighted[0][0])  # PEFT warns when the active adapter is deleted
-            peft.delete_adapter("mixed")
+        _deactivate(peft, weighted)
     return found
+
+
+def _scores_alone(peft: Any, ids: torch.Tensor, weighted: Mapping[str, float]) -> torch.Tensor:
+    pairs = sorted(weighted.items())
+    _activate(peft, pairs)
+    logits = peft(input_ids=ids[None]).logits
+    _deactivate(peft, pairs)
+    return logits
 
 
 def _activate(peft: Any, weighted: Sequence[tuple[str, float]]) -> None:
@@ -91,8 +110,17 @@ def _activate(peft: Any, weighted: Sequence[tuple[str, float]]) -> None:
     peft.set_adapter("mixed")
 
 
-def _point(label: str, ours: Answer, baseline: Answer, tokens: int, settings: Settings) -> Point:
+def _deactivate(peft: Any, weighted: Sequence[tuple[str, float]]) -> None:
+    if len(weighted) > 1:
+        peft.set_adapter(weighted[0][0])  # PEFT warns when the active adapter is deleted
+        peft.delete_adapter("mixed")
+
+
+def _point(
+    label: str, ours: Answer, baseline: Answer, scores_agree: Callable[[], None], tokens: int, settings: Settings
+) -> Point:
     def gate() -> None:
+        scores_agree()
         torch.testing.assert_close(torch.tensor(ours()), torch.tensor(baseline()), atol=0, rtol=0)
 
     def measure() -> Measured:

@@ -123,8 +123,8 @@ def test_every_method_s_gate_sees_its_result(
 
     merge_target = merge._merge_target
 
-    def perturbed(method: object, deltas: Deltas, *rest: object):
-        whole = merge_target(method, deltas, *rest)
+    def perturbed(target: str, method: object, deltas: Deltas, *rest: object):
+        whole = merge_target(target, method, deltas, *rest)
         factor = 1.1 if deltas.dtype == dtype else 1.0
         return whole._replace(delta=SimpleNamespace(dense=lambda: whole.delta.dense() * factor))
 
