@@ -14,7 +14,7 @@ from torch import nn
 from compose.errors import IncompatibleError
 from compose.kernels.lowrank import add_lowrank_, lowrank
 from compose.kernels.mixture_lora.op import mixture_lora
-from compose.kernels.stack import LoraStack
+from compose.kernels.stack import LoraStack, Spread
 from compose.routers.routing import Routing
 from compose.routers.spec import MixtureSpec
 
@@ -80,23 +80,28 @@ class Mixer(nn.Module):
 
         Chosen experts become dense gates where all rows together cost less than picking some.
         """
-        if not self._spreads or backend not in ("auto", "cpu"):
-            return None
-        spread, gates, ids = stack.spread(), routing.gates, routing.expert_ids
-        if spread is None or not (spread.complete or self.spec.missing == "zero"):
+        spread, gates, ids = self.spread_of(stack, backend), routing.gates, routing.expert_ids
+        if spread is None:
             return None
         lead = gates.shape[:-1]
         if not lead or gates.dtype != spread.matrix_RE.dtype or routing.probs.shape[-1] != spread.matrix_RE.shape[1]:
             return None
         if ids is None:
             c = nn.functional.linear(gates, spread.matrix_RE)
-        elif spread.wide.shape[0] <= _ROWS_PER_CHOICE * ids.shape[-1]:
+        elif spread.wide.shape[0] <= ROWS_PER_CHOICE * ids.shape[-1]:
             c = nn.functional.linear(routing.wide(ids), spread.wide)
         else:
             return None
         if c.dtype != stack.a_RD.dtype:
             c = c.to(stack.a_RD.dtype)
         return Rows(c if gates.ndim == 3 else c.unsqueeze(1), lead, spread.alike)
+
+    def spread_of(self, stack: LoraStack, backend: str) -> Spread | None:
+        """How gates become coefficients of a stack's rows; None where `mixture_lora` has to choose how to mix."""
+        if not self._spreads or backend not in ("auto", "cpu"):
+            return None
+        spread = stack.spread()
+        return spread if spread is not None and (spread.complete or self.spec.missing == "zero") else None
 
     def forward(self, x: torch.Tensor, call: Any, routing: Routing) -> torch.Tensor:
         """Return the base output plus the mixture: ``x (B, D)`` or ``(B, T, D)`` -> the same with ``O``."""
@@ -138,7 +143,7 @@ class Mixer(nn.Module):
         return kept * share, routing.expert_ids
 
 
-_ROWS_PER_CHOICE = 32
+ROWS_PER_CHOICE = 32
 """Up to so many rank rows per chosen expert, all rows together cost less than the chosen ones; see kernels/README."""
 
 

@@ -31,6 +31,7 @@ class SiteRouter(nn.Module):
         constant: Whether always-on experts are all that the site has.
         normalise: See `compose.routers.steps`.
         select: See `compose.routers.steps`.
+        soft: How it decides in few operators; None where there is more to it.
     """
 
     available_E: torch.Tensor
@@ -52,7 +53,7 @@ class SiteRouter(nn.Module):
             self.gate = _Splits([self.gate, *(spec.gate.build(shape) for _ in range(spec.splits - 1))])
         self.normalise = spec.normalise.build(shape)
         self.select = spec.select.build(shape)
-        self._soft = soft_gates(spec, self.select) if self.complete else None
+        self.soft = soft_gates(spec, self.select) if self.complete else None
         self.post_E: nn.Parameter | None = None
         if spec.post != "none":
             self.post_E = nn.Parameter(torch.zeros(shape.num_experts) + torch.tensor(spec.post_init))
@@ -73,8 +74,9 @@ class SiteRouter(nn.Module):
 
         For callers that know that nobody watches the steps and that no autocast is on.
         """
-        gate = self.gate if self._soft is not None else None
-        return self._soft.decide(gate, x) if self._soft is not None and isinstance(gate, LinearScores) else None
+        return (
+            self.soft.decide(self.gate, x) if self.soft is not None and isinstance(self.gate, LinearScores) else None
+        )
 
     def _decide(self, gate: nn.Module, seen: Seen) -> Routing:
         """From scores to gates."""

@@ -30,6 +30,7 @@ from compose.routers.mixing import Mixer, Rows
 from compose.routers.pooling import pool
 from compose.routers.router import Router
 from compose.routers.routing import Decisions, Routing
+from compose.routers.siblings import Families
 from compose.routers.sites import Site, body_path
 from compose.routers.spec import reads_prompt_too
 from compose.routers.steps import Seen
@@ -127,9 +128,10 @@ class RoutingSession:
         paths = [site.body for site in router.layout.values()] + ([body_path(self._tap)] if self._tap else [])
         self._bodies = {path: _Body() for path in paths}
         self._lanes = {target: lane_of(router, target) for target in router.site_of}
+        self._gates = {name: router.site(name) for name in router.layout}
+        self._families = Families(self._lanes, self._gates, attached.layers, mixer, attached.backend)
         self._base_prompt: torch.Tensor | None = None
         self._restore: Callable[[], None] | None = None
-        self._gates = {name: router.site(name) for name in router.layout}
         self._decided: dict[str, _Decided] = {}
         self._records: list[Decisions] | None = None
         self._pending: list[Callable[[], Decisions]] = []
@@ -159,6 +161,9 @@ class RoutingSession:
         if lane is None:
             return _unchanged(x, call)
         site, stack, quick = lane.site, call.stack, self._quick(x)
+        together = quick and not torch.is_grad_enabled() and not x.is_inference()
+        if together and (mixed := self._mixed_together(x, call)) is not None:
+            return mixed
         if lane.decides:
             routing, rows = self._decide(site, x, stack, quick, keep=lane.keeps, of_encoder=lane.of_encoder)
         elif site.name in self._decided:
@@ -172,8 +177,16 @@ class RoutingSession:
             if lane.alone:
                 rows = self.mixer.spread(routing, stack, call.backend)
             if rows is not None and rows.fit(x, call.base) and (lane.alone or rows.are_of(stack)):
-                return rows.add(x, call)
+                mixed = self._families.lead(x, call, rows) if together else None
+                return rows.add(x, call) if mixed is None else mixed
         return self.mixer(x, call, routing)
+
+    def _mixed_together(self, x: torch.Tensor, call: Call) -> torch.Tensor | None:
+        """What was computed for this target with its siblings; by their own gates, where nobody sees what they say."""
+        mixed = self._families.take(x, call)
+        if mixed is None and self._reads_tokens and self._records is None and self.transform is None:
+            mixed = self._families.lead(x, call)
+        return mixed
 
     def install(self) -> None:
         """Put the hooks on the model; they do nothing while the session is not in force."""
@@ -246,6 +259,7 @@ class RoutingSession:
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._top = {}
+        self._families.forget()
         self._settle()
         cache = getattr(output, "past_key_values", None)
         if cache is not None and (self._per_prompt or self._prompts) and self._in_force():

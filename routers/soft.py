@@ -8,12 +8,13 @@ Shape letters: ``B`` rows, ``T`` tokens, ``D`` width of the gate's input, ``E`` 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from compose.routers.gates.linear import LinearGate, LinearScores
+from compose.routers.mixing import ROWS_PER_CHOICE
 from compose.routers.normalisations.softmax import Softmax
 from compose.routers.routing import Routing
 from compose.routers.selectors.every import All
@@ -26,13 +27,42 @@ class SoftGates(NamedTuple):
 
     Attributes:
         temperature: Scores are divided by it.
-        k: How many experts are chosen; None: all take part.
+        select: The site's selector, which knows how many experts are chosen; None: all take part.
         to_one: Whether the gates of the chosen sum to 1; else they are their probabilities.
     """
 
     temperature: float
-    k: int | None
+    select: Any
     to_one: bool
+
+    @property
+    def k(self) -> int | None:
+        """How many experts are chosen now; None: all take part."""
+        return None if self.select is None else self.select.k
+
+    def like(self, other: SoftGates) -> bool:
+        """Whether another site decides so now."""
+        return (self.temperature, self.k, self.to_one) == (other.temperature, other.k, other.to_one)
+
+    def dense(self, logits: torch.Tensor) -> torch.Tensor:
+        """Gates of all experts ``(..., E)``, 0 for those not chosen; without autograd, and ``logits`` are used up.
+
+        As in `decide`, of equal scores the lower indices are chosen.
+        """
+        scores = logits if self.temperature == 1.0 else logits.div_(self.temperature)
+        k = self.k
+        if k is None:
+            return torch.softmax(scores, dim=-1)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        others = order.narrow(-1, k, scores.shape[-1] - k)
+        if self.to_one:
+            return torch.softmax(scores.scatter_(-1, others, float("-inf")), dim=-1)
+        return torch.softmax(scores, dim=-1).scatter_(-1, others, 0.0)
+
+    def mixes_all(self, rows: int) -> bool:
+        """Whether ``rows`` rank rows, those of all experts, are mixed sooner than those of the chosen are picked."""
+        k = self.k
+        return k is None or rows <= ROWS_PER_CHOICE * k
 
     def decide(self, gate: LinearScores, x: torch.Tensor) -> Routing:
         """Return the routing for ``x (..., D)``."""
@@ -42,9 +72,10 @@ class SoftGates(NamedTuple):
         logits = nn.functional.linear(x, weight_ED, gate.bias_E).float()
         scores = logits if self.temperature == 1.0 else logits / self.temperature
         probs = torch.softmax(scores, dim=-1)
-        if self.k is None:
+        k = self.k
+        if k is None:
             return Routing(probs, None, logits, probs)
-        ids = best(scores, self.k)
+        ids = best(scores, k)
         gates = torch.softmax(scores.gather(-1, ids), dim=-1) if self.to_one else probs.gather(-1, ids)
         return Routing(gates, ids, logits, probs)
 
@@ -54,7 +85,7 @@ def soft_gates(spec: MixtureSpec, select: nn.Module) -> SoftGates | None:
 
     Args:
         spec: The mixture.
-        select: The site's selector, which knows its ``k``.
+        select: The site's selector.
     """
     gate, normalise = spec.gate, spec.normalise
     if not isinstance(gate, LinearGate) or gate.layer_norm or not isinstance(normalise, Softmax) or normalise.learned:
@@ -68,4 +99,4 @@ def soft_gates(spec: MixtureSpec, select: nn.Module) -> SoftGates | None:
     chooses = isinstance(spec.select, TopK) and not spec.select.selection_bias
     if not chooses or spec.renormalise == "softmax_probs":
         return None
-    return SoftGates(normalise.temperature, select.k, to_one=spec.renormalise != "none")  # type: ignore[arg-type]
+    return SoftGates(normalise.temperature, select, to_one=spec.renormalise != "none")

@@ -1,4 +1,7 @@
-"""Two processes over gloo, as ``torchrun`` starts them: equal weights in both, and those of one process."""
+"""Two processes over gloo, as ``torchrun`` starts them: equal weights in both, and those of one process.
+
+The model is in float64: Adam makes steps of one size from gradients of any size, those that are only rounding too.
+"""
 
 import os
 import socket
@@ -19,7 +22,7 @@ from compose.routers.training import train
 torch.set_num_threads(1)
 distributed.init_process_group("gloo")
 torch.manual_seed(0)
-model = TINY_MODELS["llama"]().eval()
+model = TINY_MODELS["llama"]().eval().double()
 torch.manual_seed(distributed.get_rank())
 for name in {names!r}:
     attached = attached_bank(model)
@@ -50,7 +53,7 @@ def test_two_processes_train_what_one_does(tmp_path, tiny_model, request, warm_p
         for key, value in first.items():
             torch.testing.assert_close(second[key], value, rtol=0, atol=0)
         assert history == same
-        attached = attached_bank(tiny_model("llama"))
+        attached = attached_bank(tiny_model("llama").double())
         alone = train(attached, SPECS[name], records(), tokenizer=LetterTokenizer(), **OPTIONS)
         for key, value in alone.routed.state_dict().items():
             torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)

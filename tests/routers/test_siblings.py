@@ -1,0 +1,241 @@
+"""Targets with one input are mixed together: the same as one by one, also after anything of theirs was changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compose.engine.attach import attach
+from compose.routers.builder import build
+from compose.routers.gates.linear import LinearGate
+from compose.routers.selectors.top_k import TopK
+from compose.routers.siblings import Family, side_by_side
+from compose.routers.spec import MixtureSpec
+
+NORMAL = LinearGate(init="normal", std=1.0)
+KINDS = {
+    "all": MixtureSpec(gate=NORMAL),
+    "bias": MixtureSpec(gate=LinearGate(init="normal", std=1.0, bias=True)),
+    "top 2": MixtureSpec(gate=NORMAL, select=TopK(k=2), renormalise="sum"),
+    "top 2, probabilities": MixtureSpec(gate=NORMAL, select=TopK(k=2)),
+    "ties": MixtureSpec(gate=LinearGate(init="zeros"), select=TopK(k=2), renormalise="sum"),
+    "block": MixtureSpec(gate=NORMAL, site="block", gate_input="block"),
+    "group": MixtureSpec(gate=NORMAL, site="group"),
+    "first pass": MixtureSpec(gate=NORMAL, site="model", gate_input="first_pass"),
+    "sequence": MixtureSpec(gate=NORMAL, site="block", scope="sequence", gate_input="block", pooling="mean"),
+}
+CLOSE = {"rtol": 1e-4, "atol": 5e-5}  # float32 sums in another order, through all layers
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[str]:
+    """Return the targets that were mixed together with others, call by call."""
+    targets: list[str] = []
+    original = Family.take
+
+    def counted(self, x, call):
+        mixed = original(self, x, call)
+        if mixed is not None:
+            targets.append(call.target)
+        return mixed
+
+    monkeypatch.setattr(Family, "take", counted)
+    return targets
+
+
+@torch.no_grad()
+def one_by_one(routed, inputs, monkeypatch) -> torch.Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(routed.session, "_quick", lambda x: False)
+        return routed(**inputs).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ranks", [(2, 2, 2, 2), (3, 1, 8, 5)], ids=str)
+@pytest.mark.parametrize("spec", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+def test_together_is_one_by_one(name, spec, ranks, routed_over, batch, monkeypatch, taken):
+    routed, inputs = routed_over(name, spec, ranks=ranks).eval(), batch(name)
+    if name == "bert":
+        del inputs["labels"]  # it classifies rows
+    want = one_by_one(routed, inputs, monkeypatch)
+    assert taken == []
+    for _ in range(2):  # in the first forward siblings are seen
+        torch.testing.assert_close(routed(**inputs).logits, want, **CLOSE)
+    kinds = {target.rpartition(".")[2] for target in taken}
+    assert kinds >= {"llama": {"q_proj", "k_proj", "v_proj"}, "t5": {"q", "k", "v"}, "bert": {"query", "key"}}[name]
+    assert len(taken) == len(set(taken)) or name == "t5"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["all", "top 2", "first pass"])
+def test_generation_is_that_of_steps_one_by_one(which, routed_over, monkeypatch, taken):
+    routed = routed_over("llama", KINDS[which]).eval()
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    found = routed.generate(prompts, max_new_tokens=6, stop_ids=[])
+    assert taken
+    monkeypatch.setattr(routed.session, "_quick", lambda x: False)
+    assert routed.generate(prompts, max_new_tokens=6, stop_ids=[]) == found
+
+
+def _gates_in_place(routed) -> None:
+    for parameter in routed.router.parameters():
+        parameter.add_(torch.randn_like(parameter))
+
+
+def _gates_through_data(routed) -> None:
+    for parameter in routed.router.parameters():
+        parameter.data.mul_(-1.5)
+
+
+def _gates_replaced(routed) -> None:
+    for parameter in routed.router.parameters():
+        parameter.data = torch.randn_like(parameter)
+
+
+def _gates_loaded(routed) -> None:
+    routed.router.load_state_dict({key: -value for key, value in routed.router.state_dict().items()})
+
+
+def _factors_in_place(routed) -> None:
+    for layer in routed.attached.layers.values():
+        layer.a_RD.mul_(-0.7)
+
+
+def _scalings_in_place(routed) -> None:
+    for number, layer in enumerate(routed.attached.layers.values()):
+        layer.scaling_E.mul_(0.5 + 0.1 * number)
+
+
+def _moved(routed) -> None:
+    routed.double()
+    routed.float()
+
+
+def _fewer_chosen(routed) -> None:
+    for gate in routed.router.gates.values():
+        gate.select.k = 1
+
+
+def _another_router(routed) -> None:
+    """A second router over the same bank moves the factors too."""
+    second = build(routed.attached, KINDS["block"], seed=7)
+    for _ in range(2):
+        second(input_ids=torch.tensor([[5, 6, 7]]))
+    second.remove()
+    routed.enable()
+
+
+CHANGES = {
+    "gates in place": _gates_in_place,
+    "gates through .data": _gates_through_data,
+    "gates replaced": _gates_replaced,
+    "gates loaded": _gates_loaded,
+    "factors in place": _factors_in_place,
+    "scalings in place": _scalings_in_place,
+    "moved": _moved,
+    "fewer chosen": _fewer_chosen,
+    "another router": _another_router,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_changed_counts_at_once(change, routed_over, batch, monkeypatch, taken):
+    routed, inputs = routed_over("llama", KINDS["top 2"]), batch("llama")
+    for _ in range(2):
+        routed(**inputs)
+    change(routed)
+    want = one_by_one(routed, inputs, monkeypatch)
+    for _ in range(3):
+        taken.clear()
+        torch.testing.assert_close(routed(**inputs).logits, want, **CLOSE)
+    assert "model.layers.0.mlp.up_proj" in taken or change is _scalings_in_place  # which are no longer alike
+
+
+def test_training_between_forwards_counts(routed_over, batch, monkeypatch, taken):
+    routed, inputs = routed_over("llama", MixtureSpec(gate=NORMAL, train="router")), batch("llama")
+    optimiser = torch.optim.Adam(routed.trained_parameters().values(), lr=0.1)
+    for _ in range(3):
+        with torch.no_grad():
+            routed(**inputs)
+        optimiser.zero_grad()
+        routed(**inputs).loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        taken.clear()
+        torch.testing.assert_close(routed(**inputs).logits, one_by_one(routed, inputs, monkeypatch), **CLOSE)
+    assert taken
+
+
+@torch.no_grad()
+def test_another_or_a_changed_input_is_not_taken_for_the_leader_s(routed_over, batch):
+    routed, inputs = routed_over("llama", KINDS["all"]), batch("llama")
+    for _ in range(2):
+        routed(**inputs)
+    q, k = (routed.attached.layers[f"model.layers.0.self_attn.{kind}"] for kind in ("q_proj", "k_proj"))
+    x, other = (torch.randn(2, 3, q.in_features) for _ in range(2))
+    want, want_changed = k(other), k(2 * x)
+    q(x)
+    torch.testing.assert_close(k(other), want)
+    q(x)
+    x.mul_(2)
+    torch.testing.assert_close(k(x), want_changed)
+
+
+@torch.no_grad()
+def test_nothing_is_kept_after_a_forward(routed_over, batch):
+    routed, inputs = routed_over("llama", KINDS["all"]), batch("llama")
+    for _ in range(2):
+        routed(**inputs)
+    layer = routed.attached.layers["model.layers.0.self_attn.k_proj"]
+    hook = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        routed(**inputs)
+    hook.remove()
+    families = set(routed.session._families._of.values()) - {None}
+    assert families
+    assert all(family._x is None and family._z_NR is None for family in families)
+
+
+@torch.no_grad()
+def test_records_and_ablations_see_every_site(routed_over, batch):
+    routed, inputs = routed_over("llama", KINDS["top 2"]), batch("llama")
+    for _ in range(2):
+        routed(**inputs)
+    with routed.recording() as decisions:
+        routed(**inputs)
+    assert {each.site for each in decisions} == set(routed.router.layout)
+    with routed.transformed(lambda site, routing: routing._replace(gates=torch.zeros_like(routing.gates))):
+        without = routed(**inputs).logits
+    with routed.disable():
+        torch.testing.assert_close(without, routed.model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_a_router_is_saved_as_before(routed_over, batch, tmp_path):
+    routed, inputs = routed_over("llama", KINDS["all"]), batch("llama")
+    first = routed.save(tmp_path / "first")
+    for _ in range(2):
+        routed(**inputs)
+    second = routed.save(tmp_path / "second")
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+def test_matrices_are_copied_unless_they_lie_side_by_side():
+    tensors = [torch.randn(rows, 3) for rows in (2, 1, 4)]
+    whole = side_by_side(tensors)
+    torch.testing.assert_close(whole, torch.cat(tensors), rtol=0, atol=0)
+    parts = list(whole.split([2, 1, 4]))
+    assert side_by_side(parts).data_ptr() == whole.data_ptr()
+    for wrong in (parts[::-1], [parts[0], parts[2]], [parts[0], parts[1].clone(), parts[2]]):
+        again = side_by_side(wrong)
+        torch.testing.assert_close(again, torch.cat(wrong), rtol=0, atol=0)
+        assert again.data_ptr() not in [part.data_ptr() for part in parts]
+
+
+def test_a_trained_bank_is_not_moved(tiny_model, make_experts, batch):
+    model = tiny_model("llama")
+    attached = attach(model, make_experts(model), trainable=True)
+    assert not any(layer.can_move for layer in attached.layers.values())
