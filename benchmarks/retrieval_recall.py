@@ -4,8 +4,8 @@
     python benchmarks/retrieval_recall.py --print benchmarks/retrieval_recall.jsonl
 
 Adapters are stood in for by their training inputs, as retrieval sees nothing else: the 150 intents of CLINC150, its 10
-domains, the 77 intents of BANKING77. Every adapter is embedded from ``m`` training utterances (drawn anew per draw);
-queries are the whole test sets. ``in domain`` counts answers of the right CLINC domain; ``OOD`` does so with the
+domains, the 77 intents of BANKING77. Every adapter is embedded from ``m`` training utterances (drawn anew per draw),
+or from the words of its name (``description``); queries are the whole test sets. ``in domain`` counts answers of the right CLINC domain; ``OOD`` does so with the
 query's own intent excluded. Shots: queries of one task are averaged, 40 draws per task. Out of scope: CLINC's 1,000
 texts that belong to no intent; thresholds are calibrated on ``val`` and ``oos_val``, never on test. Prints means over
 draws. Vectors are kept in --cache, by the encoder's fingerprint.
@@ -32,6 +32,7 @@ DATA = HERE.parent.parent / "shared" / "data"
 FILE = "retrieval_recall.jsonl"
 TASK_DRAWS = 40
 METHODS = (
+    "description",
     "raw_mean",
     "mean",
     "nearest",
@@ -138,10 +139,17 @@ def measure(found: Vectors, kept: np.ndarray, method: str, encoder: Any) -> dict
     queries, labels = found.test
     from compose.retriever.retriever import Retriever
 
+    if method == "description":
+        train, owners = encoder.encode([described(name) for name in found.names]), np.arange(len(found.names))
     retriever = Retriever.from_vectors(encoder, found.names, train, owners, method_of(method))
     numbers = recall(retriever.score_vectors(queries), labels, found.groups)
     numbers |= shots(retriever.score_vectors, found)
     return {**numbers, "scope": scope_numbers(retriever, found)} if len(found.outside_test) else numbers
+
+
+def described(name: str) -> str:
+    """Return an adapter's description: the words of its name, all that these data sets say of an intent."""
+    return name.replace("_", " ").strip()
 
 
 def recall(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None) -> dict[str, float]:
