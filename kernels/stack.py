@@ -150,6 +150,15 @@ class LoraStack:
         self.derived["spread"] = (scaling_E._version, spread)
         return spread
 
+    def present(self) -> torch.Tensor:
+        """``(E,)`` bool: which adapters have rows. Made once: on a GPU it is a copy that the host waits for."""
+        found = self.derived.get("present")
+        if found is None:
+            with torch.inference_mode(False):
+                found = torch.tensor([rank > 0 for rank in self.ranks], device=self.scaling_E.device)
+            self.derived["present"] = found
+        return found
+
     def versions(self) -> tuple[int, int, int] | None:
         """Version counters of the three tensors: equal counters, unchanged values. None where nothing may be cached.
 

@@ -135,7 +135,7 @@ class Mixer(nn.Module):
         """
         if self.spec.missing == "zero" or all(stack.ranks):
             return routing.gates, routing.expert_ids
-        here_E = torch.tensor([rank > 0 for rank in stack.ranks], device=routing.gates.device)
+        here_E = stack.present()
         here = here_E if routing.expert_ids is None else here_E[routing.expert_ids]
         kept = routing.gates * here
         total, rest = (each.abs().sum(-1, keepdim=True) for each in (routing.gates, kept))

@@ -43,7 +43,7 @@ class StartResidual(nn.Module):
         if call.base is None:
             raise IncompatibleError(f"{self.target}: there is no base output that experts could be parts of")
         start = self.start(stack)
-        here_E = torch.tensor([rank > 0 for rank in stack.ranks], dtype=torch.float32, device=x.device)
+        here_E = stack.present().float()
         return mixture_lora(
             x, start, -here_E / here_E.sum().clamp_min(1.0), base=call.base, backend=call.backend,
             reuse_base=call.owns_base,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -21,20 +21,21 @@ from torch.utils.hooks import RemovableHandle
 from compose.errors import IncompatibleError
 from compose.kernels.stack import LoraStack
 from compose.kernels.watched import Unwatched
+from compose.routers.base_prompt import BasePrompt
+from compose.routers.bodies import Body, first_block, is_decoder_of_two, pooled
 from compose.routers.context import RoutingContext, padding_of, repeat_rows
 from compose.routers.decisions import decisions_of
 from compose.routers.ffn import place_ffn_experts
 from compose.routers.first_pass import base_pass, past_length
 from compose.routers.lanes import lane_of
 from compose.routers.mixing import Mixer, Rows
-from compose.routers.pooling import pool
 from compose.routers.router import Router
 from compose.routers.routing import Decisions, Routing
 from compose.routers.siblings import Families
 from compose.routers.sites import Site, body_path
 from compose.routers.spec import reads_prompt_too
 from compose.routers.steps import Seen
-from compose.routers.taps import tap_target, tapped
+from compose.routers.taps import tap_target
 
 BASE_INPUTS = ("first_pass", "tap")
 PER_ROW = ("none", "task_id", "cluster_id", "text")
@@ -79,25 +80,6 @@ class Attached(Protocol):
         """Have ``undo`` called when the bank is detached."""
 
 
-@dataclass
-class _Body:
-    """One stack of layers in the current forward.
-
-    Attributes:
-        decodes: Whether it is the decoder of an encoder-decoder model.
-        past: Tokens in its cache before this forward.
-        context: The batch's context, completed by the model's inputs.
-        encoder: Hidden states of the encoder, for a decoder.
-        encoder_mask: Their padding mask.
-    """
-
-    decodes: bool = False
-    past: int = 0
-    context: RoutingContext = field(default_factory=RoutingContext)
-    encoder: torch.Tensor | None = None
-    encoder_mask: torch.Tensor | None = None
-
-
 class _Decided(NamedTuple):
     """A routing; of a site with several targets also its gates spread over their rank rows."""
 
@@ -126,11 +108,11 @@ class RoutingSession:
         self.transform: Callable[[str, Routing], Routing] | None = None
         self._tap = tap_target(attached, router.spec.tap) if router.spec.tap else ""
         paths = [site.body for site in router.layout.values()] + ([body_path(self._tap)] if self._tap else [])
-        self._bodies = {path: _Body() for path in paths}
+        self._bodies = {path: Body() for path in paths}
         self._lanes = {target: lane_of(router, target) for target in router.site_of}
         self._gates = {name: router.site(name) for name in router.layout}
         self._families = Families(self._lanes, self._gates, attached.layers, mixer, attached.backend)
-        self._base_prompt: torch.Tensor | None = None
+        self._base_prompt = BasePrompt(attached, router.spec.pooling, self._tap)
         self._restore: Callable[[], None] | None = None
         self._decided: dict[str, _Decided] = {}
         self._records: list[Decisions] | None = None
@@ -141,6 +123,7 @@ class RoutingSession:
         self._prompts: dict[str, torch.Tensor] = {}
         self._kept_as = f"compose_gates_{next(_NUMBERS)}"  # attribute of caches: what was decided on their prompts
         self._per_prompt = router.spec.scope == "sequence" and router.spec.pooling != "none"
+        self._decides_on_base = router.spec.scope == "sequence" and router.spec.gate_input in BASE_INPUTS
         self._unwatched = Unwatched(nn.ModuleList([router, mixer]))
         self._reads_tokens = router.spec.scope == "token" and router.spec.gate_input not in PER_ROW
 
@@ -197,12 +180,14 @@ class RoutingSession:
         self._hooks.append(model.register_forward_hook(self._after_model, always_call=True))
         for path, body in self._bodies.items():
             module = model.get_submodule(path)
-            body.decodes = _is_decoder_of_two(model, path)
+            body.decodes = is_decoder_of_two(model, path)
             self._hooks.append(module.register_forward_pre_hook(self._before_body(path), with_kwargs=True))
+            if self._decides_on_base and not body.decodes and model.config.is_encoder_decoder:
+                self._hooks.append(module.register_forward_hook(self._after_encoder))
             if reads_prompt_too(self.router.spec) and self.router.spec.gate_input == "layer":
                 site = next(site for site in self.router.layout.values() if site.body == path)
-                block = model.get_submodule(_first_block(model, site))
-                self._hooks.append(block.register_forward_pre_hook(self._before_first_block(path), with_kwargs=True))
+                block = model.get_submodule(first_block(model, site))
+                self._hooks.append(block.register_forward_pre_hook(self._beforefirst_block(path), with_kwargs=True))
         for path, sites in self._hidden_paths().items():
             module = model.get_submodule(path)
             self._hooks.append(module.register_forward_pre_hook(self._before_hidden(sites), with_kwargs=True))
@@ -302,12 +287,12 @@ class RoutingSession:
             if self.router.spec.gate_input not in BASE_INPUTS:
                 return None
             sites = [site for site in self.router.layout.values() if site.body == path]
-            if self.router.spec.scope == "sequence":
+            if self._decides_on_base:
                 self._decide_on_base_prompt(body, sites, (module, args, kwargs))
                 return None
             hidden, kwargs = base_pass(self.attached, module, args, kwargs)
             if reads_prompt_too(self.router.spec) and not (body.past and path in self._prompts):
-                self._prompts[path] = _pooled(self.router.spec.pooling, hidden, body)
+                self._prompts[path] = pooled(self.router.spec.pooling, hidden, body)
             quick = self._quick(hidden)
             for site in sites:
                 self._decide(site, hidden, None, quick)
@@ -316,34 +301,22 @@ class RoutingSession:
         return hook
 
     def _decide_on_base_prompt(
-        self, body: _Body, sites: list[Site], call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+        self, body: Body, sites: list[Site], call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
     ) -> None:
-        """Decide once per sequence, on the prompt as the bare base model sees it; a decoder reads the encoder's."""
+        """Decide once per sequence, on the prompt as the bare base model sees it."""
         if body.past:
             return
-        if not body.decodes:
-            self._base_prompt = self._read_base_prompt(body, *call)
-        prompt = self._base_prompt
-        if body.decodes:
-            rows = len(body.encoder) if body.encoder is not None else 0
-            prompt = _pooled(self.router.spec.pooling, None, body) if prompt is None else repeat_rows(prompt, rows)
+        prompt = self._base_prompt.of(body, *call)
         stack = self.attached.layers[self._tap].stack if self._tap else None
         quick = self._quick(prompt)
         for site in sites:
             self._decide(site, prompt, stack, quick)
 
-    def _read_base_prompt(
-        self, body: _Body, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> torch.Tensor:
-        """``(B, D)``: the last hidden states, or the tapped target's input, of the prompt in the bare base model."""
-        if not self._tap:
-            hidden, _ = base_pass(self.attached, module, args, kwargs, cached=False)
-            return _pooled(self.router.spec.pooling, hidden, body)
-        with tapped(self.attached.layers[self._tap]) as inputs:
-            base_pass(self.attached, module, args, kwargs, cached=False)
-        return _pooled(self.router.spec.pooling, inputs[-1], body)
+    def _after_encoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._in_force():
+            self._base_prompt.encoded(output[0])
 
-    def _context(self, body: _Body, kwargs: dict[str, Any]) -> RoutingContext:
+    def _context(self, body: Body, kwargs: dict[str, Any]) -> RoutingContext:
         """What was said, completed by the model's inputs."""
         model = self.attached.model
         of_two = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -351,14 +324,14 @@ class RoutingSession:
         context = self.context.with_inputs(mask, labels, lag=0 if of_two else 1)
         return context.of_encoder() if of_two and not body.decodes else context
 
-    def _mask(self, body: _Body, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    def _mask(self, body: Body, kwargs: dict[str, Any]) -> torch.Tensor | None:
         mask = self._top.get("decoder_attention_mask" if body.decodes else "attention_mask")
         labels = self._top.get("labels") if body.decodes else None
         if mask is None and labels is not None and labels.dim() == 2:
             mask = (labels != -100).long()  # a decoder's inputs are its labels one place later
         return padding_of(kwargs.get("attention_mask") if mask is None else mask, body.past)
 
-    def _labels(self, body: _Body) -> torch.Tensor | None:
+    def _labels(self, body: Body) -> torch.Tensor | None:
         """Labels mark the response of the body that predicts them; in an encoder they mean nothing."""
         model = self.attached.model
         predicts = body.decodes or not getattr(model.config, "is_encoder_decoder", False)
@@ -372,7 +345,7 @@ class RoutingSession:
             if gate_input == "block":
                 paths.setdefault(site.block, []).append(site)
             elif gate_input == "embeddings":
-                paths.setdefault(_first_block(self.attached.model, site), []).append(site)
+                paths.setdefault(first_block(self.attached.model, site), []).append(site)
         return paths
 
     def _before_hidden(self, sites: list[Site]) -> Callable[..., None]:
@@ -385,12 +358,12 @@ class RoutingSession:
 
         return hook
 
-    def _before_first_block(self, path: str) -> Callable[..., None]:
+    def _beforefirst_block(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             body = self._bodies[path]
             if self._in_force() and not (body.past and path in self._prompts):
                 hidden = kwargs.get("hidden_states", args[0] if args else None)
-                self._prompts[path] = _pooled(self.router.spec.pooling, hidden, body)
+                self._prompts[path] = pooled(self.router.spec.pooling, hidden, body)
 
         return hook
 
@@ -434,30 +407,20 @@ class RoutingSession:
             self._pending.append(partial(decisions_of, site, routing, body.context, gate.available_E, hidden, inputs))
         return decided
 
-    def _seen(self, site: Site, body: _Body, hidden: torch.Tensor | None, stack: LoraStack | None) -> Seen:
+    def _seen(self, site: Site, body: Body, hidden: torch.Tensor | None, stack: LoraStack | None) -> Seen:
         spec, context = self.router.spec, body.context
         rows = None if hidden is None else hidden.shape[0]
-        x, text = hidden, _text(spec.gate_input, context, rows)
+        device = self._gates[site.name].available_E.device
+        x, text = hidden, _text(spec.gate_input, context, rows, device)
         if spec.gate_input in PER_ROW:
             x = text
         elif spec.scope == "sequence" and hidden is not None and hidden.dim() == 3:
-            x = _pooled(spec.pooling, hidden, body)
-        ids = _row_ids(spec.gate_input, context, rows)
+            x = pooled(spec.pooling, hidden, body)
+        ids = _row_ids(spec.gate_input, context, rows, device)
         return Seen(x, ids, text, stack, context, self.training, self._prompts.get(site.body))
 
 
-def _pooled(how: str, hidden: torch.Tensor | None, body: _Body) -> torch.Tensor:
-    """``(B, D)``: the prompt's hidden states as one vector: the encoder's, for a decoder."""
-    if body.decodes:
-        if body.encoder is None:
-            raise IncompatibleError("the decoder got no encoder_hidden_states, so a gate per sequence has no prompt")
-        context = RoutingContext(attention_mask=body.encoder_mask)
-        return pool(how, body.encoder, context.real(body.encoder.shape[0], body.encoder.shape[1], body.encoder.device))
-    assert hidden is not None  # noqa: S101 - bodies without an encoder hand their hidden states on
-    return pool(how, hidden, body.context.prompt(hidden.shape[0], hidden.shape[1], hidden.device))
-
-
-def _row_ids(gate_input: str, context: RoutingContext, rows: int | None) -> torch.Tensor | None:
+def _row_ids(gate_input: str, context: RoutingContext, rows: int | None, device: torch.device) -> torch.Tensor | None:
     if gate_input not in ("task_id", "cluster_id"):
         return None
     ids = context.task_ids if gate_input == "task_id" else context.cluster_ids
@@ -466,10 +429,10 @@ def _row_ids(gate_input: str, context: RoutingContext, rows: int | None) -> torc
             f"this router reads {gate_input}s, and none were given: pass {gate_input}s=(B,) with the batch, or set "
             "them with routed.told(...) around generate"
         )
-    return ids if rows is None else repeat_rows(ids, rows)
+    return (ids if rows is None else repeat_rows(ids, rows)).to(device)
 
 
-def _text(gate_input: str, context: RoutingContext, rows: int | None) -> torch.Tensor | None:
+def _text(gate_input: str, context: RoutingContext, rows: int | None, device: torch.device) -> torch.Tensor | None:
     if gate_input != "text":
         return None
     if context.text_embedding is None:
@@ -477,23 +440,9 @@ def _text(gate_input: str, context: RoutingContext, rows: int | None) -> torch.T
             "this router reads text embeddings, and none were given: pass text_embedding=(B, D) with the batch, or "
             "set them with routed.told(...) around generate"
         )
-    return context.text_embedding if rows is None else repeat_rows(context.text_embedding, rows)
+    return (context.text_embedding if rows is None else repeat_rows(context.text_embedding, rows)).to(device)
 
 
 def _unchanged(x: torch.Tensor, call: Call) -> torch.Tensor:
     """The base output of a target that no site routes."""
     return x.new_zeros(*x.shape[:-1], call.stack.b_RO.shape[1]) if call.base is None else call.base
-
-
-def _is_decoder_of_two(model: Any, path: str) -> bool:
-    two = getattr(model.config, "is_encoder_decoder", False)
-    return bool(two) and "decoder" in path.split(".")
-
-
-def _first_block(model: Any, site: Site) -> str:
-    """Path of the first layer of the site's body."""
-    body = model.get_submodule(site.body)
-    for name, module in body.named_children():
-        if isinstance(module, nn.ModuleList) and len(module):
-            return f"{site.body}.{name}.0" if site.body else f"{name}.0"
-    raise IncompatibleError(f"{site.body or 'the model'!r} has no list of layers whose input a gate could read")

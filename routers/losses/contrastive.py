@@ -61,7 +61,7 @@ class Contrastive(AbstractLoss):
         x_ND, stack = inputs_of(decisions, "contrastive")
         lines_S = sample(counted(decisions, self.over), self.items)
         h_SR = activations(x_ND[lines_S], stack)
-        present_E = decisions.available_E & torch.tensor([rank > 0 for rank in stack.ranks], device=h_SR.device)
+        present_E = decisions.available_E & stack.present()
         active_SE = chosen(decisions)[lines_S] & present_E
         if self.mode == "same_other":
             return info_nce(*_same_other(h_SR, stack, active_SE, self.items), self.temperature)
