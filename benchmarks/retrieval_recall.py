@@ -5,10 +5,10 @@
 
 Adapters are stood in for by their training inputs, as retrieval sees nothing else: the 150 intents of CLINC150, its 10
 domains, the 77 intents of BANKING77. Every adapter is embedded from ``m`` training utterances (drawn anew per draw),
-or from the words of its name (``description``); queries are the whole test sets. ``in domain`` counts answers of the right CLINC domain; ``OOD`` does so with the
-query's own intent excluded. Shots: queries of one task are averaged, 40 draws per task. Out of scope: CLINC's 1,000
-texts that belong to no intent; thresholds are calibrated on ``val`` and ``oos_val``, never on test. Prints means over
-draws. Vectors are kept in --cache, by the encoder's fingerprint.
+or from the words of its name (``description``); queries are the whole test sets. ``in domain`` counts answers of the
+right CLINC domain; ``OOD`` does so with the query's own intent excluded. Shots: queries of one task are averaged, 40
+draws per task. Out of scope: CLINC's 1,000 texts that belong to no intent; thresholds are calibrated on ``val`` and
+``oos_val``, never on test. Prints means over draws. Vectors are kept in --cache, by the encoder's fingerprint.
 """
 
 from __future__ import annotations
