@@ -118,7 +118,9 @@ def _layer_like(cache: Any, body: Any) -> Any:
     """A new layer of the kind that stands at the same place of the model's own."""
     from transformers.cache_utils import DynamicLayer
 
+    from compose.routers.growing_layer import GrowingLayer
+
     own = cache.layers[len(cache.layers) - _depth(body)] if len(cache.layers) >= _depth(body) else None
     if own is None or type(own) is DynamicLayer:
-        return DynamicLayer()
+        return GrowingLayer()
     raise IncompatibleError(f"two passes cannot keep a {type(own).__name__}; use a model with full attention")
