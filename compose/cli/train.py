@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -140,6 +141,7 @@ def train(  # noqa: PLR0913 - one parameter per option
         "precision": precision, "seeds": seed or None, "options": read_options(settings or ()) or None,
         "columns": read_columns(column or ()) or None, "sampling": None if sampling is None else {"by": sampling},
     }  # fmt: skip
+    _alone()
     request = TrainRequest.read(
         config, given, device=device, checkpoint_every=checkpoint_every, resume=resume, force=force, dry_run=dry_run
     )
@@ -148,6 +150,18 @@ def train(  # noqa: PLR0913 - one parameter per option
     except KeyboardInterrupt:
         fail(request.resume_command(sys.argv[1:]))
         raise typer.Exit(130) from None
+
+
+def _alone() -> None:
+    """Raise where ``torchrun`` started several of us: each would train alone and write the same folder."""
+    from compose.errors import IncompatibleError
+
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise IncompatibleError(
+            f"compose train runs in one process, and WORLD_SIZE is {world}; for several call compose.routers.train in "
+            "a script that runs torch.distributed.init_process_group first (routers/README.md)"
+        )
 
 
 def _run(request: Any, *, as_json: bool) -> None:

@@ -242,6 +242,14 @@ def test_a_bank_or_an_out_folder_that_is_missing_is_told_together(workspace, mix
     assert "missing --out DIR" in result.stderr
 
 
+def test_several_processes_are_refused(inputs, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke(*inputs, "--preset", "xlora", "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "compose.routers.train" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_presets_are_listed() -> None:
     result = invoke("train", "--preset", "list")
     assert result.exit_code == 0
