@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from compose.errors import ComposeError, UnknownNameError, unknown_name
-from compose.text.examples import text_field
+from compose.text.examples import label_field, parse_messages, text_field
 from compose.text.jsonl import read_jsonl
 
-LABELS = ("task", "adapter")
+LABELS = ("adapter", "task")
 INPUTS = ("input", "prompt")
 
 TaskTexts = dict[str, list[str]]
 """Task or adapter -> its inputs, in order of appearance, each once."""
 
 
-def read_task_texts(files: Sequence[Path]) -> TaskTexts:
-    """Read ``{"task" or "adapter", "input" or "prompt"}`` per line; other fields, such as outputs, are ignored.
+def read_task_texts(files: Sequence[Path], *, known: Collection[str] | None = None) -> TaskTexts:
+    """Read ``{"adapter" or "task", "input" or "prompt"}`` per line; other fields, such as outputs, are ignored.
+
+    ``messages`` in place of an input: the last turn before the answer.
+
+    Args:
+        files: JSONL.
+        known: Names that are allowed; None: any.
 
     Raises:
         ExamplesError: A file is missing, too large or empty, or lines are bad, all named with their number.
     """
     wanted = f"{' or '.join(map(repr, LABELS))} and {' or '.join(map(repr, INPUTS))}"
-    pairs = read_jsonl(
-        files, lambda record, line: (text_field(record, LABELS), text_field(record, INPUTS)), fields=wanted
-    )
     found: TaskTexts = {}
-    for task, text in pairs:
+    for task, text in read_jsonl(
+        files, lambda record, line: (label_field(record, LABELS, known), _input(record)), fields=wanted
+    ):
         found.setdefault(task, []).append(text)
     return {task: list(dict.fromkeys(texts)) for task, texts in found.items()}
+
+
+def _input(record: Mapping[str, Any]) -> str:
+    if "messages" in record:
+        turns, _ = parse_messages(record["messages"])
+        return turns[-1]["content"]
+    return text_field(record, INPUTS)
 
 
 @dataclass(frozen=True)

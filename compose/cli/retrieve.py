@@ -34,9 +34,7 @@ Exclude = Annotated[
 ]
 Examples = Annotated[
     Path | None,
-    typer.Option(
-        "--examples", metavar="FILE", help="JSONL: input, output, and adapter (or task).", rich_help_panel=FIT
-    ),
+    typer.Option("--examples", metavar="FILE", help="JSONL: input, and adapter (or task).", rich_help_panel=FIT),
 ]
 EncoderName = Annotated[
     str | None,

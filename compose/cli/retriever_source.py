@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from compose.retriever.encoders import Encoder
     from compose.retriever.retriever import Retriever
 
-LABELS = ("adapter", "task")
-"""Fields of a line of --examples that may name its adapter."""
-
 DEMO_SAMPLES = 20
 _HIDDEN = re.compile(r"hidden-states:.*:layer=(-?\d+):pooling=(mean|last)", re.DOTALL)
 _SHOWN_NAMES = 5
@@ -33,7 +30,7 @@ class RetrieverSource:
     Attributes:
         folder: A saved retriever; then nothing is fitted.
         bank: Names of the bank's adapters; None: any name.
-        examples: JSONL with ``input``, ``output`` and ``adapter`` (or ``task``).
+        examples: JSONL with ``input`` and ``adapter`` (or ``task``).
         demo: Fit on the demo's tasks.
         encoder: For fitting: a sentence-transformers model, or ``hidden-states``; None: the default one.
         method: For fitting: an adapter embedding.
@@ -63,16 +60,16 @@ class RetrieverSource:
         return Retriever.fit(named_encoder(self.encoder, load_base), texts, self.method)
 
     def _inputs(self) -> dict[str, list[str]]:
-        from compose.text.examples import read_labelled_examples
+        from compose.retriever.task_texts import read_task_texts
 
         if self.examples is None:
             raise ComposeError("missing --retriever FOLDER, or --examples FILE to fit one on (or --demo)")
-        found = read_labelled_examples(self.examples, LABELS, known=self.bank)
+        found = read_task_texts([self.examples], known=self.bank)
         if without := [name for name in self.bank or () if name not in found]:
             more = f" and {len(without) - _SHOWN_NAMES} more" if len(without) > _SHOWN_NAMES else ""
             note(f"without examples, so never retrieved: {', '.join(without[:_SHOWN_NAMES])}{more}", "yellow")
         names = found if self.bank is None else [name for name in self.bank if name in found]
-        return {name: [example.input for example in found[name]] for name in names}
+        return {name: found[name] for name in names}
 
 
 def demo_inputs() -> dict[str, list[str]]:

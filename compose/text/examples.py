@@ -59,7 +59,7 @@ def read_labelled_examples(
         ExamplesError: As `read_examples`; or lines without a label, with two, or with one that is not known.
     """
     found: dict[str, list[Example]] = {}
-    lines = read_jsonl([Path(path)], lambda record, line: (parse_example(record), _label(record, names, known)))
+    lines = read_jsonl([Path(path)], lambda record, line: (parse_example(record), label_field(record, names, known)))
     for example, label in lines:
         found.setdefault(label, []).append(example)
     return found
@@ -146,7 +146,12 @@ def check_text(name: str, value: Any) -> str:
     return value
 
 
-def _label(record: Mapping[str, Any], names: Sequence[str], known: Collection[str] | None) -> str:
+def label_field(record: Mapping[str, Any], names: Sequence[str], known: Collection[str] | None) -> str:
+    """Return what a record is labelled with, in one of the fields ``names``.
+
+    Raises:
+        BadLineError: No label, two, an empty one, or one that is not ``known`` (None: all are allowed).
+    """
     label = text_field(record, names)
     if known is not None and label not in known:
         raise BadLineError(unknown_name(" or ".join(names), label, known))

@@ -22,6 +22,14 @@ def test_both_spellings_are_read_by_task_each_text_once(tmp_path) -> None:
     assert read_task_texts([first, second]) == {"sum": ["1+1", "2+2"], "sort": ["b a"]}
 
 
+def test_turns_are_read_and_names_may_be_limited(tmp_path) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("user", "1+1"), ("assistant", "2"))]
+    path = write(tmp_path / "1.jsonl", {"task": "sum", "messages": turns}, {"task": "sort", "input": "b a"})
+    assert read_task_texts([path], known=["sum", "sort"]) == {"sum": ["1+1"], "sort": ["b a"]}
+    with pytest.raises(ExamplesError, match=r"1\.jsonl:2: unknown adapter or task 'sort'"):
+        read_task_texts([path], known=["sum"])
+
+
 def test_all_bad_lines_are_told(tmp_path) -> None:
     path = write(
         tmp_path / "1.jsonl",
@@ -32,7 +40,7 @@ def test_all_bad_lines_are_told(tmp_path) -> None:
     )
     with pytest.raises(ExamplesError) as caught:
         read_task_texts([path])
-    for number, words in ((1, "'task' or 'adapter'"), (2, "'input' or 'prompt'"), (3, "both"), (4, "string")):
+    for number, words in ((1, "'adapter' or 'task'"), (2, "'input' or 'prompt'"), (3, "both"), (4, "string")):
         assert re.search(f"1.jsonl:{number}: .*{words}", str(caught.value))
 
 
