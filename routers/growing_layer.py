@@ -40,13 +40,15 @@ class GrowingLayer(DynamicLayer):
         self._rooms = None
 
 
-def _appended(kept: torch.Tensor, room: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _appended(
+    kept: torch.Tensor | None, room: torch.Tensor | None, new: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The room, which may be another one now, and its used part."""
-    length = kept.shape[-2] if kept.numel() else 0
+    length = kept.shape[-2] if kept is not None and kept.numel() else 0
     total = length + new.shape[-2]
-    if room is None or not _follows(kept, room, new, total):
+    if room is None or kept is None or not _follows(kept, room, new, total):
         room = new.new_empty(*new.shape[:-2], total + total // 2 + 64, new.shape[-1])
-        if length:
+        if kept is not None and length:
             room.narrow(-2, 0, length).copy_(kept)
     room.narrow(-2, length, new.shape[-2]).copy_(new)
     return room, room.narrow(-2, 0, total)
