@@ -13,7 +13,7 @@ from compose.errors import IncompatibleError
 
 T = TypeVar("T")
 
-_WORDS = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", NoneType: "none"}
+_WORDS = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", NoneType: "left out"}
 
 
 def build(name: str, kind: type[T], options: Mapping[str, Any]) -> T:

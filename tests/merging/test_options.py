@@ -16,10 +16,10 @@ from compose.merging.method import METHODS, make_method
         ("ties", "scale", True, "scale must be a finite number, got True"),
         ("ties", "scale", float("inf"), "scale must be a finite number, got inf"),
         ("ties", "scale", 10**400, "scale must be a finite number, got 1000"),
-        ("ties", "elect", "loudest", "elect must be 'weighted', 'raw', 'count', 'none' or none, got 'loudest'"),
-        ("tsvm", "task_rank", 1e300, r"task_rank must be a whole number or none, got 1e\+300"),
+        ("ties", "elect", "loudest", "elect must be 'weighted', 'raw', 'count', 'none' or left out, got 'loudest'"),
+        ("tsvm", "task_rank", 1e300, r"task_rank must be a whole number or left out, got 1e\+300"),
         ("nuslerp", "flatten", 1, "flatten must be true or false, got 1"),
-        ("subtract_general", "general", 3, "general must be text or none, got 3"),
+        ("subtract_general", "general", 3, "general must be text or left out, got 3"),
         ("ties", "densty", 0.2, "has no option 'densty'; its options: density=0.2"),
         ("ties", "density", 2.0, "merge method 'ties': .*density"),
     ],
@@ -30,7 +30,7 @@ def test_a_wrong_option_is_refused_by_name(method, option, value, message):
 
 
 def test_methods_with_data_are_checked_too():
-    with pytest.raises(IncompatibleError, match=r"steps must be a whole number or none, got 1\.5"):
+    with pytest.raises(IncompatibleError, match=r"steps must be a whole number or left out, got 1\.5"):
         make_data_method("cat", {"steps": 1.5})
 
 

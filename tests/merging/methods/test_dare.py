@@ -94,7 +94,7 @@ def test_parity_with_mergekit_on_the_same_masks(monkeypatch) -> None:
     [
         ({"density": -1}, r"density must lie in \[0, 1\], got -1"),
         ({"semantics": "della"}, "semantics must be one of paper, peft, mergekit; got 'della'"),
-        ({"rescale": "l2"}, "rescale must be one of probability, l1, none; got 'l2'"),
+        ({"rescale": "l2"}, "rescale must be 'probability', 'l1', 'none' or left out, got 'l2'"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message) -> None:

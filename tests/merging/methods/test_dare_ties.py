@@ -93,8 +93,8 @@ def test_parity_with_mergekit_on_the_same_masks(normalize, monkeypatch) -> None:
     [
         ({"density": 1.1}, r"density must lie in \[0, 1\], got 1.1"),
         ({"semantics": "della"}, "semantics must be one of paper, peft, mergekit; got 'della'"),
-        ({"rescale": "l2"}, "rescale must be one of"),
-        ({"elect": "most"}, "elect must be one of"),
+        ({"rescale": "l2"}, "rescale must be 'probability', "),
+        ({"elect": "most"}, "elect must be 'weighted', "),
     ],
 )
 def test_options_out_of_range_are_refused(options, message) -> None:

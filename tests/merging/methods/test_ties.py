@@ -112,8 +112,8 @@ def test_parity_with_mergekit(normalize) -> None:
         ({"density": 1.5}, r"density must lie in \[0, 1\], got 1.5"),
         ({"density": -0.1}, "density must lie in"),
         ({"semantics": "best"}, "semantics must be one of paper, peft, mergekit; got 'best'"),
-        ({"elect": "sum"}, "elect must be one of"),
-        ({"denominator": "sum"}, "denominator must be one of"),
+        ({"elect": "sum"}, "elect must be 'weighted', 'raw', "),
+        ({"denominator": "sum"}, "denominator must be 'weight', "),
         ({"densities": 1}, "has no option 'densities'"),
     ],
 )
