@@ -22,6 +22,7 @@ from compose.files.memory import enough_memory
 from compose.formats import discover, format_of
 from compose.formats.entry import Entry, FileEntry, MemoryEntry
 from compose.formats.header import TargetHeader, check_name, natural_key
+from compose.kernels.side_by_side import empty_side_by_side
 from compose.kernels.stack import LoraStack
 
 if TYPE_CHECKING:
@@ -336,13 +337,15 @@ class Bank:
         """Allocate one stack per target and fill it adapter by adapter; each file is read once and dropped."""
         entries = list(self._entries.values())
         stacks: dict[str, LoraStack] = {}
+        shapes = {target: (self._starts[target][-1], shape.in_features) for target, shape in self.targets.items()}
+        a_of = empty_side_by_side(shapes, dtype, device)
         for target, shape in self.targets.items():
             present = [entry.shapes.get(target) for entry in entries]
             ranks = tuple(0 if one is None else one.rank for one in present)
             scaling = torch.tensor([0.0 if one is None else one.scaling for one in present], device=device)
             rows = sum(ranks)
             stacks[target] = LoraStack(
-                torch.empty(rows, shape.in_features, dtype=dtype, device=device),
+                a_of[target],
                 torch.empty(rows, shape.out_features, dtype=dtype, device=device),
                 scaling,
                 ranks,
@@ -363,9 +366,11 @@ class Bank:
 
 
 def _converted(stacks: Mapping[str, LoraStack], dtype: torch.dtype, device: torch.device) -> dict[str, LoraStack]:
+    shapes = {target: (stack.num_rows, stack.a_RD.shape[1]) for target, stack in stacks.items()}
+    a_of = empty_side_by_side(shapes, dtype, device)
     return {
         target: LoraStack(
-            stack.a_RD.to(device, dtype), stack.b_RO.to(device, dtype), stack.scaling_E.to(device), stack.ranks
+            a_of[target].copy_(stack.a_RD), stack.b_RO.to(device, dtype), stack.scaling_E.to(device), stack.ranks
         )
         for target, stack in stacks.items()
     }

@@ -87,13 +87,16 @@ def _new_cache(body: Any) -> Any:
     return own
 
 
-def _partner(cache: Any, body: Any) -> Any:
-    """A cache over the layers behind the model's own, which are added where they are missing."""
+def _partner(cache: Any, body: Any, *, grows: bool = True) -> Any:
+    """A cache over the layers behind the model's own, which are added where they are missing.
+
+    ``grows``: Whether tokens are added one by one; those of an encoder are written once.
+    """
     from transformers import Cache, DynamicCache, EncoderDecoderCache
 
     if isinstance(cache, EncoderDecoderCache):
         pair = EncoderDecoderCache(
-            _partner(cache.self_attention_cache, body), _partner(cache.cross_attention_cache, body)
+            _partner(cache.self_attention_cache, body), _partner(cache.cross_attention_cache, body, grows=False)
         )
         pair.is_updated = dict.fromkeys(range(_depth(body)), pair.cross_attention_cache.get_seq_length() > 0)
         return pair
@@ -103,7 +106,7 @@ def _partner(cache: Any, body: Any) -> Any:
         )
     depth = _depth(body)
     for _ in range(2 * depth - len(cache.layers)):
-        cache.layers.append(_layer_like(cache, body))
+        cache.layers.append(_layer_like(cache, body, grows=grows))
     return Cache(layers=cache.layers[depth : 2 * depth])
 
 
@@ -114,7 +117,7 @@ def _depth(body: Any) -> int:
     raise IncompatibleError(f"{type(body).__name__} has no list of layers; a gate from a base pass needs one")
 
 
-def _layer_like(cache: Any, body: Any) -> Any:
+def _layer_like(cache: Any, body: Any, *, grows: bool) -> Any:
     """A new layer of the kind that stands at the same place of the model's own."""
     from transformers.cache_utils import DynamicLayer
 
@@ -122,5 +125,5 @@ def _layer_like(cache: Any, body: Any) -> Any:
 
     own = cache.layers[len(cache.layers) - _depth(body)] if len(cache.layers) >= _depth(body) else None
     if own is None or type(own) is DynamicLayer:
-        return GrowingLayer()
+        return GrowingLayer() if grows else DynamicLayer()
     raise IncompatibleError(f"two passes cannot keep a {type(own).__name__}; use a model with full attention")

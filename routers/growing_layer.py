@@ -14,24 +14,29 @@ from transformers.cache_utils import DynamicLayer
 class GrowingLayer(DynamicLayer):
     """Transformers' `DynamicLayer` for states without gradients; the same in all that is done to a cache.
 
-    ``keys`` and ``values`` are the used part of longer tensors. Whoever replaces them (beams, rows that are repeated)
-    gives up the room behind them, and the next token makes new room.
+    ``keys`` and ``values`` are the used part of longer tensors. Where they were replaced since (beams, rows that are
+    repeated), cropped, or continued by a copy of the layer, the next token makes new room.
     """
 
-    _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
+    _rooms: tuple[_Room, _Room] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append states ``(B, H, T, D)``; return all ``(B, H, S + T, D)``."""
         if torch.is_grad_enabled():
+            self._rooms = None
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None  # noqa: S101 - initialised
+        assert self.values is not None  # noqa: S101 - initialised
         rooms = self._rooms or (None, None)
-        first, self.keys = _appended(self.keys, rooms[0], key_states)
-        second, self.values = _appended(self.values, rooms[1], value_states)
-        self._rooms = first, second
+        self._rooms = (
+            _room_behind(self.keys, rooms[0], key_states),
+            _room_behind(self.values, rooms[1], value_states),
+        )
+        self.keys, self.values = self._rooms[0].append(key_states), self._rooms[1].append(value_states)
         return self.keys, self.values
 
     def reset(self) -> None:
@@ -39,23 +44,42 @@ class GrowingLayer(DynamicLayer):
         super().reset()
         self._rooms = None
 
+    def offload(self) -> None:
+        """Move what is kept to the CPU, and give up the room."""
+        super().offload()
+        self._rooms = None
 
-def _appended(
-    kept: torch.Tensor | None, room: torch.Tensor | None, new: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The room, which may be another one now, and its used part."""
-    length = kept.shape[-2] if kept is not None and kept.numel() else 0
+
+class _Room:
+    """Memory with states at its beginning; shared by copies of a layer, of which the first one to go on has it."""
+
+    def __init__(self, whole: torch.Tensor, written: int) -> None:
+        self.whole, self.written = whole, written
+
+    def append(self, new: torch.Tensor) -> torch.Tensor:
+        """Write states behind those written; return all."""
+        tokens = new.shape[-2]
+        self.whole.narrow(-2, self.written, tokens).copy_(new)
+        self.written += tokens
+        return self.whole.narrow(-2, 0, self.written)
+
+    def continues(self, kept: torch.Tensor, new: torch.Tensor) -> bool:
+        """Whether new states can be written behind those kept."""
+        whole = self.whole
+        if kept.data_ptr() != whole.data_ptr() or kept.stride() != whole.stride() or kept.shape[-2] != self.written:
+            return False
+        if self.written + new.shape[-2] > whole.shape[-2] or whole.is_inference() != torch.is_inference_mode_enabled():
+            return False
+        return kept.shape[:-2] == new.shape[:-2] and whole.dtype == new.dtype
+
+
+def _room_behind(kept: torch.Tensor, room: _Room | None, new: torch.Tensor) -> _Room:
+    """The room that states are kept in, or new room with a copy of them."""
+    if room is not None and room.continues(kept, new):
+        return room
+    length = kept.shape[-2] if kept.numel() else 0
     total = length + new.shape[-2]
-    if room is None or kept is None or not _follows(kept, room, new, total):
-        room = new.new_empty(*new.shape[:-2], total + total // 2 + 64, new.shape[-1])
-        if kept is not None and length:
-            room.narrow(-2, 0, length).copy_(kept)
-    room.narrow(-2, length, new.shape[-2]).copy_(new)
-    return room, room.narrow(-2, 0, total)
-
-
-def _follows(kept: torch.Tensor, room: torch.Tensor, new: torch.Tensor, total: int) -> bool:
-    """Whether new states can be written behind those kept."""
-    same = kept.data_ptr() == room.data_ptr() and kept.stride() == room.stride()
-    fits = total <= room.shape[-2] and room.shape[:-2] == new.shape[:-2] == kept.shape[:-2]
-    return same and fits and room.dtype == new.dtype and room.is_inference() == torch.is_inference_mode_enabled()
+    whole = new.new_empty(*new.shape[:-2], total + total // 2 + 64, new.shape[-1])
+    if length:
+        whole.narrow(-2, 0, length).copy_(kept)
+    return _Room(whole, length)

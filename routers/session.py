@@ -96,7 +96,6 @@ class RoutingSession:
         mixer: How gates and experts meet.
         context: What was said about the batch beside the model's inputs.
         training: Whether noise and dropout of gates apply.
-        transform: Changes every routing (site, routing) before it is used: ablations.
     """
 
     def __init__(self, attached: Attached, router: Router, mixer: Mixer) -> None:
@@ -105,7 +104,7 @@ class RoutingSession:
         self.mixer = mixer
         self.context = RoutingContext()
         self.training = False
-        self.transform: Callable[[str, Routing], Routing] | None = None
+        self._transform: Callable[[str, Routing], Routing] | None = None
         self._tap = tap_target(attached, router.spec.tap) if router.spec.tap else ""
         paths = [site.body for site in router.layout.values()] + ([body_path(self._tap)] if self._tap else [])
         self._bodies = {path: Body() for path in paths}
@@ -126,6 +125,16 @@ class RoutingSession:
         self._decides_on_base = router.spec.scope == "sequence" and router.spec.gate_input in BASE_INPUTS
         self._unwatched = Unwatched(nn.ModuleList([router, mixer]))
         self._reads_tokens = router.spec.scope == "token" and router.spec.gate_input not in PER_ROW
+
+    @property
+    def transform(self) -> Callable[[str, Routing], Routing] | None:
+        """Changes every routing (site, routing) before it is used: ablations."""
+        return self._transform
+
+    @transform.setter
+    def transform(self, transform: Callable[[str, Routing], Routing] | None) -> None:
+        self._families.forget()
+        self._transform = transform
 
     def check(self, targets: list[str], num_adapters: int) -> None:
         """Raise unless the router was built for this bank."""
@@ -182,12 +191,13 @@ class RoutingSession:
             module = model.get_submodule(path)
             body.decodes = is_decoder_of_two(model, path)
             self._hooks.append(module.register_forward_pre_hook(self._before_body(path), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._after_body, always_call=True))
             if self._decides_on_base and not body.decodes and model.config.is_encoder_decoder:
                 self._hooks.append(module.register_forward_hook(self._after_encoder))
             if reads_prompt_too(self.router.spec) and self.router.spec.gate_input == "layer":
                 site = next(site for site in self.router.layout.values() if site.body == path)
                 block = model.get_submodule(first_block(model, site))
-                self._hooks.append(block.register_forward_pre_hook(self._beforefirst_block(path), with_kwargs=True))
+                self._hooks.append(block.register_forward_pre_hook(self._before_first_block(path), with_kwargs=True))
         for path, sites in self._hidden_paths().items():
             module = model.get_submodule(path)
             self._hooks.append(module.register_forward_pre_hook(self._before_hidden(sites), with_kwargs=True))
@@ -197,6 +207,7 @@ class RoutingSession:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._families.clear()
         if self._restore is not None:
             self._restore()
             self._restore = None
@@ -209,6 +220,7 @@ class RoutingSession:
         block inside another hands on to it what it collected.
         """
         self._settle()
+        self._families.forget()
         before = self._records, self._keeps_inputs
         self._records, self._keeps_inputs = [], inputs or self._keeps_inputs
         try:
@@ -240,11 +252,12 @@ class RoutingSession:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._in_force():
+            self._base_prompt.begin()
             self._top = {key: kwargs.get(key) for key in ("attention_mask", "decoder_attention_mask", "labels")}
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._top = {}
-        self._families.forget()
+        self._base_prompt.end()
         self._settle()
         cache = getattr(output, "past_key_values", None)
         if cache is not None and (self._per_prompt or self._prompts) and self._in_force():
@@ -312,9 +325,12 @@ class RoutingSession:
         for site in sites:
             self._decide(site, prompt, stack, quick)
 
+    def _after_body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._families.forget()
+
     def _after_encoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._in_force():
-            self._base_prompt.encoded(output[0])
+        if self._in_force() or self.attached.active is None:
+            self._base_prompt.encoded(output[0], bare=not self._in_force())
 
     def _context(self, body: Body, kwargs: dict[str, Any]) -> RoutingContext:
         """What was said, completed by the model's inputs."""
@@ -358,7 +374,7 @@ class RoutingSession:
 
         return hook
 
-    def _beforefirst_block(self, path: str) -> Callable[..., None]:
+    def _before_first_block(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             body = self._bodies[path]
             if self._in_force() and not (body.past and path in self._prompts):

@@ -66,17 +66,6 @@ class _ComposedLayer(nn.Module):
         self._stack = None
 
     @property
-    def can_move(self) -> bool:
-        """Whether `move_a_` may be called: the factors are frozen."""
-        return not (self.a_RD.requires_grad or self.a_RD.is_inference())
-
-    def move_a_(self, a_RD: torch.Tensor) -> None:
-        """Hold ``A`` in the memory of ``a_RD``, which has its values and lies beside that of other layers."""
-        if a_RD.data_ptr() != self.a_RD.data_ptr():
-            self.a_RD = a_RD
-            self._stack = None
-
-    @property
     def stack(self) -> LoraStack:
         """The factors as the kernels take them; rebuilt after the module was moved or cast."""
         if self._stack is None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.compiler import is_compiling
 
 from compose.errors import IncompatibleError
 from compose.routers.component import SiteShape
@@ -59,18 +58,9 @@ class _TopK(nn.Module):
         return take_top(logits, probs, self.k, biased)
 
 
-_MANY = 1024
-"""From so many scores on, with experts enough to be more than twice `k`, a CPU finds the best sooner than it sorts."""
-
-
 def best(order: torch.Tensor, k: int) -> torch.Tensor:
     """int64 ``(..., k)``: where ``order (..., E)`` is highest, best first; of equal ones the lower index first."""
-    order = order.detach()
-    if order.numel() >= _MANY and order.shape[-1] > 2 * k and order.device.type == "cpu" and not is_compiling():
-        values, ids = order.topk(k + 1, dim=-1)
-        if bool((values[..., :-1] > values[..., 1:]).all()):  # topk leaves open which of equal ones it takes
-            return ids[..., :k]
-    return order.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return order.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def take_top(logits: torch.Tensor, probs: torch.Tensor, k: int, order: torch.Tensor | None = None) -> Selected:

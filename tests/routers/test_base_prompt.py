@@ -34,10 +34,34 @@ def test_states_of_the_router_s_own_encoder(spec, routed_over, batch):
     states = encoded(routed, inputs)
     found = routed(encoder_outputs=states, attention_mask=mask, decoder_input_ids=DECODER).logits
     torch.testing.assert_close(found, want)
-    beams = (each.repeat_interleave(2, dim=0) for each in (states[0], mask, DECODER))
-    wide, mask, decoder = beams
-    found = routed(encoder_outputs=(wide,), attention_mask=mask, decoder_input_ids=decoder).logits
+    wide, long, decoder = (each.repeat_interleave(2, dim=0) for each in (states[0], mask, DECODER))
+    found = routed(encoder_outputs=(wide,), attention_mask=long, decoder_input_ids=decoder).logits
     torch.testing.assert_close(found, want.repeat_interleave(2, dim=0))
+    with torch.no_grad():
+        encoded(routed, {**inputs, "input_ids": inputs["input_ids"].flip(1)})  # another prompt is read
+    found = routed(encoder_outputs=states, attention_mask=mask, decoder_input_ids=DECODER).logits
+    torch.testing.assert_close(found, want)
+    some = [2, 0]
+    found = routed(encoder_outputs=(states[0][some],), attention_mask=mask[some], decoder_input_ids=DECODER[some])
+    torch.testing.assert_close(found.logits, want[some])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", KINDS.values(), ids=KINDS)
+def test_a_hook_may_change_what_the_encoder_made(spec, routed_over, batch):
+    routed, inputs = routed_over("t5", spec).eval(), batch("t5")
+    named = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    gates = []
+    for changes in (False, True):
+        if changes:
+            routed.model.encoder.register_forward_hook(lambda _, args, out: type(out)(out[0] * 1.01))
+        with routed.recording() as decisions:
+            routed(**named, decoder_input_ids=DECODER)
+        gates.append([each.gates_NE for each in decisions])
+    if spec.tap:  # else the hook changes what the base model makes too
+        torch.testing.assert_close(*gates)
+    with pytest.raises(IncompatibleError, match="give input_ids"):
+        routed(encoder_outputs=encoded(routed, inputs), decoder_input_ids=DECODER)
 
 
 @torch.no_grad()

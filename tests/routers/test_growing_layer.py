@@ -69,6 +69,25 @@ def test_a_copy_goes_its_own_way():
     torch.testing.assert_close(first.keys, before, rtol=0, atol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [DynamicLayer, GrowingLayer])
+def test_what_others_hold_stays_as_it_was(kind):
+    """A shallow copy goes on, a snapshot is put back, tokens are cropped: nothing is written over."""
+    layer = kind()
+    layer.update(*states(2, 5, 0))
+    held, snapshot = copy.copy(layer), (layer.keys, layer.values)
+    longer = layer.update(*states(2, 2, 1))[0]
+    want = longer.clone()
+    held.update(*states(2, 2, 2))
+    torch.testing.assert_close(longer, want, rtol=0, atol=0)
+    layer.crop(-1)
+    layer.update(*states(2, 1, 3))
+    torch.testing.assert_close(longer, want, rtol=0, atol=0)
+    layer.keys, layer.values = snapshot
+    layer.update(*states(2, 1, 4))
+    torch.testing.assert_close(longer, want, rtol=0, atol=0)
+
+
 def test_modes_may_change_between_tokens():
     mine, theirs = GrowingLayer(), DynamicLayer()
     for number, mode in enumerate([torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad]):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import pytest
 import torch
 
-from compose.engine.attach import attach
 from compose.routers.builder import build
-from compose.routers.gates.linear import LinearGate
+from compose.routers.gates.linear import LinearGate, LinearScores
 from compose.routers.selectors.top_k import TopK
-from compose.routers.siblings import Family, side_by_side
+from compose.routers.siblings import _Pending
 from compose.routers.spec import MixtureSpec
 
 NORMAL = LinearGate(init="normal", std=1.0)
@@ -31,15 +33,13 @@ CLOSE = {"rtol": 1e-4, "atol": 5e-5}  # float32 sums in another order, through a
 def taken(monkeypatch) -> list[str]:
     """Return the targets that were mixed together with others, call by call."""
     targets: list[str] = []
-    original = Family.take
+    original = _Pending.add
 
-    def counted(self, x, call):
-        mixed = original(self, x, call)
-        if mixed is not None:
-            targets.append(call.target)
-        return mixed
+    def counted(self, x, call, place):
+        targets.append(call.target)
+        return original(self, x, call, place)
 
-    monkeypatch.setattr(Family, "take", counted)
+    monkeypatch.setattr(_Pending, "add", counted)
     return targets
 
 
@@ -97,6 +97,28 @@ def _gates_loaded(routed) -> None:
     routed.router.load_state_dict({key: -value for key, value in routed.router.state_dict().items()})
 
 
+def _gates_assigned(routed) -> None:
+    state = {key: -value for key, value in routed.router.state_dict().items()}
+    routed.router.load_state_dict(state, assign=True)
+
+
+def _gate_modules_replaced(routed) -> None:
+    for site in routed.router.gates.values():
+        site.gate = LinearScores(torch.randn_like(site.gate.weight_ED), None, layer_norm=False)
+
+
+def _gates_tied(routed) -> None:
+    """One parameter for two siblings, changed in place."""
+    q, k = (routed.router.site(f"model.layers.0.self_attn.{kind}").gate for kind in ("q_proj", "k_proj"))
+    k.weight_ED = q.weight_ED
+    q.weight_ED.mul_(-1)
+
+
+def _factors_replaced(routed) -> None:
+    for layer in routed.attached.layers.values():
+        layer.a_RD.data = -layer.a_RD
+
+
 def _factors_in_place(routed) -> None:
     for layer in routed.attached.layers.values():
         layer.a_RD.mul_(-0.7)
@@ -131,6 +153,10 @@ CHANGES = {
     "gates through .data": _gates_through_data,
     "gates replaced": _gates_replaced,
     "gates loaded": _gates_loaded,
+    "gates assigned": _gates_assigned,
+    "gate modules replaced": _gate_modules_replaced,
+    "gates tied": _gates_tied,
+    "factors replaced": _factors_replaced,
     "factors in place": _factors_in_place,
     "scalings in place": _scalings_in_place,
     "moved": _moved,
@@ -184,6 +210,60 @@ def test_another_or_a_changed_input_is_not_taken_for_the_leader_s(routed_over, b
 
 
 @torch.no_grad()
+def test_what_changes_between_siblings_is_seen(routed_over, batch):
+    routed, inputs = routed_over("llama", KINDS["all"]), batch("llama")
+    for _ in range(2):
+        routed(**inputs)
+    q, k = (routed.attached.layers[f"model.layers.0.self_attn.{kind}"] for kind in ("q_proj", "k_proj"))
+    gate, x = routed.router.site("model.layers.0.self_attn.k_proj").gate, torch.randn(3, 9, q.in_features)
+    for change in (lambda: gate.weight_ED.mul_(-1), lambda: k.a_RD.mul_(-1)):
+        q(x)
+        change()
+        found = k(x)
+        torch.testing.assert_close(found, k(x))
+    q(x)
+    with routed.transformed(lambda site, routing: routing._replace(gates=torch.zeros_like(routing.gates))):
+        torch.testing.assert_close(k(x), k.base_layer(x))
+    q(x)
+    with routed.recording() as decisions:
+        k(x)
+    assert len(decisions) == 1
+
+
+@torch.no_grad()
+def test_threads_do_not_take_each_other_s(routed_over):
+    routed = routed_over("llama", KINDS["top 2"])
+    batches = [torch.randint(3, 67, (2, 5), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    for ids in batches:
+        routed(input_ids=ids)
+    q, k = (routed.attached.layers[f"model.layers.0.self_attn.{kind}"] for kind in ("q_proj", "k_proj"))
+    inputs = [torch.randn(2, 3, q.in_features, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    want = [(q(x).clone(), k(x).clone()) for x in inputs]
+    wrong: list[str] = []
+
+    @torch.no_grad()
+    def ask(number: int) -> None:
+        for _ in range(150):
+            found = q(inputs[number]), k(inputs[number])
+            try:
+                torch.testing.assert_close(found, want[number])
+            except AssertionError as error:
+                wrong.append(str(error))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=ask, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == []
+
+
+@torch.no_grad()
 def test_nothing_is_kept_after_a_forward(routed_over, batch):
     routed, inputs = routed_over("llama", KINDS["all"]), batch("llama")
     for _ in range(2):
@@ -193,9 +273,10 @@ def test_nothing_is_kept_after_a_forward(routed_over, batch):
     with pytest.raises(ZeroDivisionError):
         routed(**inputs)
     hook.remove()
-    families = set(routed.session._families._of.values()) - {None}
-    assert families
-    assert all(family._x is None and family._z_NR is None for family in families)
+    assert set(routed.session._families._of.values()) - {None}
+    here = routed.session._families._here
+    assert here.pending is None
+    assert here.last is None
 
 
 @torch.no_grad()
@@ -221,21 +302,3 @@ def test_a_router_is_saved_as_before(routed_over, batch, tmp_path):
     second = routed.save(tmp_path / "second")
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
-
-
-def test_matrices_are_copied_unless_they_lie_side_by_side():
-    tensors = [torch.randn(rows, 3) for rows in (2, 1, 4)]
-    whole = side_by_side(tensors)
-    torch.testing.assert_close(whole, torch.cat(tensors), rtol=0, atol=0)
-    parts = list(whole.split([2, 1, 4]))
-    assert side_by_side(parts).data_ptr() == whole.data_ptr()
-    for wrong in (parts[::-1], [parts[0], parts[2]], [parts[0], parts[1].clone(), parts[2]]):
-        again = side_by_side(wrong)
-        torch.testing.assert_close(again, torch.cat(wrong), rtol=0, atol=0)
-        assert again.data_ptr() not in [part.data_ptr() for part in parts]
-
-
-def test_a_trained_bank_is_not_moved(tiny_model, make_experts, batch):
-    model = tiny_model("llama")
-    attached = attach(model, make_experts(model), trainable=True)
-    assert not any(layer.can_move for layer in attached.layers.values())

@@ -9,7 +9,8 @@ from compose.routers.gates.linear import LinearGate
 from compose.routers.normalisations.sigmoid import Sigmoid
 from compose.routers.normalisations.softmax import Softmax
 from compose.routers.router import SiteRouter
-from compose.routers.selectors.top_k import TopK
+from compose.routers.selectors.top_k import TopK, best
+from compose.routers.soft import _best
 from compose.routers.spec import MixtureSpec
 
 SOFT = {
@@ -81,3 +82,15 @@ def test_it_steps_aside_where_an_expert_is_missing_or_the_gate_was_replaced(shap
     site = _site(shape, {})
     site.gate = torch.nn.Identity()
     assert site.quick(x) is None
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("levels", [None, 4, 1], ids=["all different", "ties", "all equal"])
+def test_many_scores_are_ranked_as_few(k, levels):
+    generator = torch.Generator().manual_seed(k)
+    order = torch.rand(7, 40, 12, generator=generator)
+    if levels is not None:
+        order = (order * levels).floor()
+    order[0, 0] = float("-inf")
+    want = torch.stack([best(row, k) for row in order.flatten(0, 1)]).view(7, 40, k)
+    torch.testing.assert_close(_best(order, k), want)
