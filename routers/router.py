@@ -27,6 +27,7 @@ class SiteRouter(nn.Module):
     Attributes:
         available_E: bool: experts that take part; always-on ones do not.
         always_E: float32: 1 for always-on experts.
+        num_experts: ``E``.
         gate: The network; None for constant gates of 1.
         constant: Whether always-on experts are all that the site has.
         normalise: See `compose.routers.steps`.
@@ -44,6 +45,7 @@ class SiteRouter(nn.Module):
         present_E = shape.available_E
         shape = shape._replace(available_E=present_E & ~always_E)
         self.register_buffer("available_E", shape.available_E, persistent=False)
+        self.num_experts = shape.num_experts
         self.num_available = int(shape.available_E.sum())
         self.complete = self.num_available == shape.num_experts
         self.register_buffer("always_E", (always_E & present_E).float(), persistent=False)
@@ -119,11 +121,6 @@ class SiteRouter(nn.Module):
         return torch.cat([gates, (strength * torch.ones_like(extra, dtype=gates.dtype))], -1), torch.cat(
             [ids, extra], -1
         )
-
-    @property
-    def num_experts(self) -> int:
-        """``E``."""
-        return len(self.available_E)
 
 
 class _Splits(nn.ModuleList):

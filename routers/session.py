@@ -152,10 +152,14 @@ class RoutingSession:
         lane = self._lanes.get(call.target)
         if lane is None:
             return _unchanged(x, call)
+        if (mixed := self._families.take(x, call)) is not None:
+            return mixed
         site, stack, quick = lane.site, call.stack, self._quick(x)
         together = quick and not torch.is_grad_enabled() and not x.is_inference()
-        if together and (mixed := self._mixed_together(x, call)) is not None:
-            return mixed
+        if together and self._reads_tokens and self._records is None and self._transform is None:
+            mixed = self._families.lead(x, call)  # nobody sees what the gates say
+            if mixed is not None:
+                return mixed
         if lane.decides:
             routing, rows = self._decide(site, x, stack, quick, keep=lane.keeps, of_encoder=lane.of_encoder)
         elif site.name in self._decided:
@@ -172,13 +176,6 @@ class RoutingSession:
                 mixed = self._families.lead(x, call, rows) if together else None
                 return rows.add(x, call) if mixed is None else mixed
         return self.mixer(x, call, routing)
-
-    def _mixed_together(self, x: torch.Tensor, call: Call) -> torch.Tensor | None:
-        """What was computed for this target with its siblings; by their own gates, where nobody sees what they say."""
-        mixed = self._families.take(x, call)
-        if mixed is None and self._reads_tokens and self._records is None and self.transform is None:
-            mixed = self._families.lead(x, call)
-        return mixed
 
     def install(self) -> None:
         """Put the hooks on the model; they do nothing while the session is not in force."""

@@ -28,7 +28,6 @@ from compose.routers.gates.linear import LinearScores
 from compose.routers.lanes import Lane
 from compose.routers.mixing import Mixer, Rows
 from compose.routers.router import SiteRouter
-from compose.routers.soft import SoftGates
 
 
 class _Pending:
@@ -39,30 +38,23 @@ class _Pending:
         of: Targets that were not called yet -> place.
         stacks: Their factors.
         weights: Their gates' weights; None where they were not asked.
-        c: Coefficients of the rank rows: ``(B, T, S, R)``, or alike for all: ``(B, 1 or T, 1, R)``.
+        c: Per place coefficients of the rank rows, ``(B, 1 or T, R)``; empty where ``z`` is.
         a_RD: All A's in one, where they are; else the products are still to be made.
-        z_NR: ``(N, S R)``, to be multiplied with B, where ``a_RD`` is.
+        z: Per place ``(N, R)``, to be multiplied with B, where ``a_RD`` is.
     """
 
-    __slots__ = ("a_RD", "a_version", "c", "of", "stacks", "version", "weight_versions", "weights", "x", "z_NR")
+    __slots__ = ("a_RD", "a_version", "c", "of", "stacks", "version", "weight_versions", "weights", "x", "z")
 
     def __init__(
-        self,
-        x: torch.Tensor,
-        of: dict[str, int],
-        stacks: Sequence[LoraStack],
-        weights: Sequence[torch.Tensor] | None,
-        c: torch.Tensor,
-        a_RD: torch.Tensor | None,
+        self, x: torch.Tensor, of: dict[str, int], stacks: Sequence[LoraStack], weights: Sequence[torch.Tensor] | None
     ) -> None:
-        self.x, self.version, self.of, self.stacks, self.c = x, x._version, of, stacks, c
+        self.x, self.version, self.of, self.stacks = x, x._version, of, stacks
         self.weights = weights
         self.weight_versions = None if weights is None else [weight._version for weight in weights]
-        self.a_RD = self.z_NR = a_RD
-        if a_RD is not None:
-            self.a_version = a_RD._version
-            self.z_NR = nn.functional.linear(x.view(-1, x.shape[-1]), a_RD)
-            self.z_NR.view(*x.shape[:-1], len(stacks), -1).mul_(c)
+        self.a_RD: torch.Tensor | None = None
+        self.a_version = 0
+        self.c: Sequence[torch.Tensor] = ()
+        self.z: Sequence[torch.Tensor] = ()
 
     def take(self, x: torch.Tensor, call: Any) -> torch.Tensor | None:
         """Add a target's mixture to its base output; None where that was not computed for this call."""
@@ -80,12 +72,9 @@ class _Pending:
     def add(self, x: torch.Tensor, call: Any, place: int) -> torch.Tensor:
         """Add the mixture of the target at ``place``, which is called with ``x``."""
         del self.of[call.target]
-        base, b_RO = call.base, call.stack.b_RO
-        if self.z_NR is None:
-            return add_lowrank_(base, x, call.stack.a_RD, b_RO, self.c.select(2, min(place, self.c.shape[2] - 1)))
-        rows, out = b_RO.shape
-        base.view(-1, out).addmm_(self.z_NR.narrow(1, place * rows, rows), b_RO)
-        return base
+        if self.a_RD is None:
+            return add_lowrank_(call.base, x, call.stack.a_RD, call.stack.b_RO, self.c[place])
+        return _expand(call, self.z[place])
 
 
 class Family:
@@ -109,6 +98,15 @@ class Family:
         self._a_RD: torch.Tensor | None = None
         self._a_places: list[int] = []
 
+    def alone(self, x: torch.Tensor, call: Any) -> torch.Tensor | None:
+        """The mixture of an only child; None as for `lead`."""
+        stack, found = call.stack, self._gates([call.stack], x)
+        if found is None:
+            return None
+        x_ND = x.view(-1, x.shape[-1])
+        h_NR = nn.functional.linear(x_ND, stack.a_RD)
+        return _expand(call, h_NR.mul_(self._coefficients(x_ND, *found)))
+
     def lead(self, x: torch.Tensor, rows: Rows | None) -> _Pending | None:
         """What the siblings have to add for ``x (B, T, D)``; None where they are not alike now, or not for this input.
 
@@ -117,29 +115,74 @@ class Family:
             rows: What was decided for all of them; None where each has a gate.
         """
         stacks = [layer.stack for layer in self._layers]
-        for stack, spread in zip(stacks, self._spreads, strict=True):
-            if stack.spread() is not spread or stack.a_RD.dtype != x.dtype or stack.a_RD.is_inference():
-                return None
-        weights = None
-        if self.sites is None:
-            assert rows is not None  # noqa: S101 - decided before
-            c = rows.c.unsqueeze(2)
+        found = self._gates(stacks, x)
+        if found is None:
+            return None
+        pending = _Pending(x, dict(self._places), stacks, found[0] if self.sites is not None else None)
+        a_RD, count = self._together(stacks), len(stacks)
+        x_ND = x.view(-1, x.shape[-1])
+        if rows is None:
+            c = self._coefficients(x_ND, *found)
+        elif a_RD is None:
+            pending.c = [rows.c] * count
+            return pending
+        if a_RD is None:
+            pending.c = c.view(*x.shape[:-1], -1).chunk(count, dim=-1)
+            return pending
+        h_NR = nn.functional.linear(x_ND, a_RD)
+        if rows is None:
+            h_NR.mul_(c)
         else:
-            found = _linear(self.sites, x.dtype)
-            if found is None:
+            h_NR.view(*x.shape[:-1], count, -1).mul_(rows.c.unsqueeze(2))
+        pending.a_RD, pending.a_version, pending.z = a_RD, a_RD._version, h_NR.chunk(count, dim=1)
+        return pending
+
+    def _gates(
+        self, stacks: Sequence[LoraStack], x: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+        """Weights and biases (one per site, or none) as they are now; none at all where sites were decided before.
+
+        None where siblings are not alike, or do not read ``x`` as it is.
+        """
+        dtype = x.dtype
+        for stack, spread in zip(stacks, self._spreads, strict=True):
+            if stack.spread() is not spread or stack.a_RD.dtype != dtype or stack.a_RD.is_inference():
                 return None
-            weights, biases, soft = found
-            one = len(weights) == 1
-            bias = (biases[0] if one else torch.cat(biases)) if biases else None
-            scores = nn.functional.linear(x, weights[0] if one else torch.cat(weights), bias)
-            gates = soft.dense(scores.view(*x.shape[:-1], len(weights), -1))
-            c = nn.functional.linear(gates, self._spreads[0].matrix_RE)
-        return _Pending(x, dict(self._places), stacks, weights, c, self._together(stacks))
+        weights: list[torch.Tensor] = []
+        biases: list[torch.Tensor] = []
+        if self.sites is None:
+            return weights, biases
+        first = self.sites[0].soft
+        for site in self.sites:
+            gate, soft = site._modules["gate"], site.soft  # by attribute they run torch's Python look-up
+            if soft is None or first is None or type(gate) is not LinearScores:
+                return None
+            weight_ED, bias_E = gate._parameters["weight_ED"], gate._parameters.get("bias_E")
+            if weight_ED is None or weight_ED.dtype != dtype or weight_ED.shape[0] != site.num_experts:
+                return None
+            if weight_ED.is_inference() or not (soft is first or soft.like(first)):
+                return None
+            weights.append(weight_ED)
+            if bias_E is not None:
+                biases.append(bias_E)
+        return (weights, biases) if len(biases) in (0, len(weights)) else None
+
+    def _coefficients(
+        self, x_ND: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """``(N, S R)``: gates spread over the siblings' rank rows."""
+        assert self.sites is not None  # noqa: S101 - they are whose gates these are
+        one, soft, matrix_RE = len(weights) == 1, self.sites[0].soft, self._spreads[0].matrix_RE
+        assert soft is not None  # noqa: S101 - _gates
+        bias = None if not biases else biases[0] if one else torch.cat(biases)  # type: ignore[arg-type]
+        logits = nn.functional.linear(x_ND, weights[0] if one else torch.cat(weights), bias)  # type: ignore[arg-type]
+        if one:
+            return nn.functional.linear(soft.dense(logits), matrix_RE)
+        gates = soft.dense(logits.view(-1, matrix_RE.shape[1]))
+        return nn.functional.linear(gates, matrix_RE).view(len(x_ND), -1)
 
     def _together(self, stacks: Sequence[LoraStack]) -> torch.Tensor | None:
         """All A's in one, where they lie so."""
-        if len(stacks) == 1:
-            return stacks[0].a_RD
         places = [stack.a_RD.data_ptr() for stack in stacks]
         if places != self._a_places:
             self._a_RD, self._a_places = adjoining([stack.a_RD for stack in stacks]), places
@@ -188,12 +231,15 @@ class Families:
             return None
         if not _plain(x, call):
             return None
-        self._here.pending = pending = family.lead(x, rows)
-        if pending is None:
+        if len(family.targets) == 1:
+            mixed = family.alone(x, call)
+        else:
+            self._here.pending = pending = family.lead(x, rows)
+            mixed = None if pending is None else pending.add(x, call, 0)
+        if mixed is None:
             for target in family.targets:
                 self._of.pop(target, None)
-            return None
-        return pending.add(x, call, 0)
+        return mixed
 
     def forget(self) -> None:
         """Let go of inputs: at the end of a forward, or where decisions are to be seen or changed."""
@@ -241,26 +287,11 @@ class Families:
 _UNSEEN: Any = object()
 
 
-def _linear(
-    sites: Sequence[SiteRouter], dtype: torch.dtype
-) -> tuple[list[torch.Tensor], list[torch.Tensor], SoftGates] | None:
-    """Weights, biases (none, or one per site) and the way of deciding, as they are now; None where not alike."""
-    first = sites[0].soft
-    weights, biases = [], []
-    for site in sites:
-        gate, soft = site._modules["gate"], site.soft  # by attribute they run torch's Python look-up
-        if first is None or soft is None or type(gate) is not LinearScores or not soft.like(first):
-            return None
-        weight_ED, bias_E = gate._parameters["weight_ED"], gate.bias_E
-        if weight_ED is None or weight_ED.dtype != dtype or len(weight_ED) != site.num_experts:
-            return None
-        if weight_ED.is_inference():
-            return None
-        weights.append(weight_ED)
-        if bias_E is not None:
-            biases.append(bias_E)
-    fit = first is not None and len(biases) in (0, len(weights))
-    return (weights, biases, first) if fit else None  # type: ignore[return-value]  # a site at least
+def _expand(call: Any, z_NR: torch.Tensor) -> torch.Tensor:
+    """Add ``z B`` to the base output."""
+    base, b_RO = call.base, call.stack.b_RO
+    base.view(-1, b_RO.shape[1]).addmm_(z_NR, b_RO)
+    return base
 
 
 def _plain(x: torch.Tensor, call: Any) -> bool:
