@@ -122,6 +122,24 @@ class Mixtures:
         """Greedy generation with caches."""
         return _generate(self.routed.eval().model, prompt, new)
 
+    def generate_bare(self, prompt: torch.Tensor, new: int, times: int) -> None:
+        """Generation without adapters and router, several times."""
+        for _ in range(times):
+            _generate(self.bare, prompt, new)
+
+    @cached_property
+    def bare(self) -> Any:
+        """The model alone."""
+        return models.build(self.name).eval()
+
+    @torch.no_grad()
+    def check_bare(self) -> None:
+        """It is what the mixture stands on."""
+        ids = torch.arange(3, 15).view(2, 6)
+        with self.routed.disable():
+            ours = self.routed.model(input_ids=ids).logits
+        torch.testing.assert_close(ours, self.bare(input_ids=ids).logits)
+
     @cached_property
     def peft(self) -> Any:
         """PEFT's X-LoRA with our classifier."""

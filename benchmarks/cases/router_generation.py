@@ -18,7 +18,7 @@ EXPERTS, RANK = 8, 8
     targets="X-LoRA <= 1.6, token router <= 1.15 of the baseline's time",
 )
 def router_generation(settings: Settings) -> Iterator[Point]:
-    """Yield X-LoRA and token routers, and PEFT's X-LoRA, which keeps no cache."""
+    """Yield X-LoRA, token routers, two passes without adapters, and PEFT's X-LoRA, which keeps no cache."""
     name, rows, tokens = ("llama-tiny", 2, 6) if settings.quick else ("llama-20m", 4, 32)
     prompt = random_batch(name, rows, tokens)["input_ids"]
     lora = lora_step(name, RANK, {"input_ids": prompt}, generate=tokens)
@@ -36,6 +36,17 @@ def router_generation(settings: Settings) -> Iterator[Point]:
             ),
         )
     theirs = Mixtures(name, "xlora", EXPERTS, RANK)
+    yield Point(
+        "the bare model, twice",
+        theirs.check_bare,
+        lambda: ratio(
+            "two passes without adapters / baseline",
+            lambda: theirs.generate_bare(prompt, tokens, 2),
+            lora,
+            None,
+            settings,
+        ),
+    )
     yield Point(
         "PEFT X-LoRA",
         lambda: theirs.check(None),
