@@ -19,7 +19,7 @@ _SAME_INPUT = (
 def empty_side_by_side(
     shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Return an empty matrix per target, those of siblings being parts of one tensor.
+    """Return an empty matrix per target; on a CPU those of siblings are parts of one tensor.
 
     Args:
         shapes: Target -> ``(R, D)``.
@@ -31,7 +31,8 @@ def empty_side_by_side(
         if target in made:
             continue
         parent, _, name = target.rpartition(".")
-        names = next((names for names in _SAME_INPUT if name in names), (name,))
+        known = _SAME_INPUT if device.type == "cpu" else ()  # on a GPU every matrix begins at an aligned place
+        names = next((names for names in known if name in names), (name,))
         paths = [f"{parent}.{one}" if parent else one for one in names]
         together = [path for path in paths if path in shapes and shapes[path][1] == width]
         sizes = [shapes[path][0] for path in together]

@@ -29,6 +29,12 @@ def test_siblings_by_name_are_parts_of_one_tensor():
     assert alone == SHAPES.keys() - {f"layers.0.attn.{name}" for name in ("q_proj", "k_proj", "v_proj")}
 
 
+def test_elsewhere_every_matrix_has_memory_of_its_own():
+    made = empty_side_by_side(SHAPES, torch.float32, torch.device("meta"))
+    for target, matrix in made.items():
+        assert matrix.untyped_storage().nbytes() == SHAPES[target][0] * SHAPES[target][1] * 4
+
+
 def test_what_does_not_adjoin_is_not_one_matrix():
     whole = torch.randn(7, 3)
     parts = list(whole.split([2, 1, 4]))
