@@ -157,7 +157,7 @@ class Family:
             gate, soft = site._modules["gate"], site.soft  # by attribute they run torch's Python look-up
             if soft is None or first is None or type(gate) is not LinearScores:
                 return None
-            weight_ED, bias_E = gate._parameters["weight_ED"], gate._parameters.get("bias_E")
+            weight_ED, bias_E = gate._parameters.get("weight_ED"), gate._parameters.get("bias_E")
             if weight_ED is None or weight_ED.dtype != dtype or weight_ED.shape[0] != site.num_experts:
                 return None
             if weight_ED.is_inference() or not (soft is first or soft.like(first)):
