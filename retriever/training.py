@@ -129,7 +129,14 @@ def train_retriever(
     if folder.exists() and not overwrite:
         raise DuplicateNameError(f"{folder} exists; choose another folder or pass overwrite=True")
     check_packages()
-    tell = progress or (lambda line: None)
+    with _same_random_state():
+        return _trained(texts, chosen, folder, progress or (lambda line: None))
+
+
+def _trained(
+    texts: Mapping[str, Sequence[str]], chosen: TrainingSettings, folder: Path, tell: Progress
+) -> TrainedRetriever:
+    """Load, measure, train, measure again, write."""
     split = split_tasks(texts, unseen=chosen.unseen, held_out=chosen.held_out, seed=chosen.seed)
     model = load_sentence_transformer(chosen.model, device=chosen.device)
     if chosen.max_length is not None:
@@ -206,7 +213,7 @@ def _fit(model: Any, pairs: Pairs, batches: list[list[int]], settings: TrainingS
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from transformers.trainer_callback import PrinterCallback
 
-    with _quiet(), _same_random_state(), tempfile.TemporaryDirectory(prefix="compose-retriever-") as scratch:
+    with _quiet(), tempfile.TemporaryDirectory(prefix="compose-retriever-") as scratch:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=scratch,
             num_train_epochs=1,
