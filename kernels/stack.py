@@ -44,12 +44,14 @@ class Spread(NamedTuple):
         wide: The same behind a column of zeros, for gates of no adapter.
         alike: Ranks and scalings; stacks for which they are equal have the same row coefficients.
         complete: Whether every adapter has rows.
+        even: Rank and scaling, where all adapters have the same.
     """
 
     matrix_RE: torch.Tensor
     wide: torch.Tensor
     alike: tuple[tuple[int, ...], tuple[float, ...]]
     complete: bool
+    even: tuple[int, float] | None
 
 
 _FEW_ADAPTERS = 16
@@ -146,7 +148,9 @@ class LoraStack:
             matrix_RE = torch.nn.functional.one_hot(self.index.adapter_R, self.num_adapters).to(scaling_E.dtype)
             matrix_RE = matrix_RE * scaling_E
             alike = (self.ranks, tuple(scaling_E.tolist()))
-            spread = Spread(matrix_RE, torch.nn.functional.pad(matrix_RE, (1, 0)), alike, all(self.ranks))
+            kinds = set(zip(*alike, strict=True))
+            wide = torch.nn.functional.pad(matrix_RE, (1, 0))
+            spread = Spread(matrix_RE, wide, alike, all(self.ranks), kinds.pop() if len(kinds) == 1 else None)
         self.derived["spread"] = (scaling_E._version, spread)
         return spread
 

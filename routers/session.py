@@ -110,7 +110,6 @@ class RoutingSession:
         self._bodies = {path: Body() for path in paths}
         self._lanes = {target: lane_of(router, target) for target in router.site_of}
         self._gates = {name: router.site(name) for name in router.layout}
-        self._families = Families(self._lanes, self._gates, attached.layers, mixer, attached.backend)
         self._base_prompt = BasePrompt(attached, router.spec.pooling, self._tap)
         self._restore: Callable[[], None] | None = None
         self._decided: dict[str, _Decided] = {}
@@ -125,6 +124,10 @@ class RoutingSession:
         self._decides_on_base = router.spec.scope == "sequence" and router.spec.gate_input in BASE_INPUTS
         self._unwatched = Unwatched(nn.ModuleList([router, mixer]))
         self._reads_tokens = router.spec.scope == "token" and router.spec.gate_input not in PER_ROW
+        self._families = Families(
+            self._lanes, self._gates, attached.layers, self._decided, mixer, attached.backend,
+            reads_tokens=self._reads_tokens,
+        )  # fmt: skip
 
     @property
     def transform(self) -> Callable[[str, Routing], Routing] | None:
@@ -149,14 +152,14 @@ class RoutingSession:
 
     def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """Return the base output plus the mixture's contribution for one target."""
+        if (mixed := self._families.take(x, call)) is not None:
+            return mixed
         lane = self._lanes.get(call.target)
         if lane is None:
             return _unchanged(x, call)
-        if (mixed := self._families.take(x, call)) is not None:
-            return mixed
         site, stack, quick = lane.site, call.stack, self._quick(x)
-        together = quick and not torch.is_grad_enabled() and not x.is_inference()
-        if together and self._reads_tokens and self._records is None and self._transform is None:
+        together = quick and not torch.is_grad_enabled()
+        if together and self._records is None and self._transform is None:
             mixed = self._families.lead(x, call)  # nobody sees what the gates say
             if mixed is not None:
                 return mixed
@@ -287,28 +290,38 @@ class RoutingSession:
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             if not self._in_force():
                 return None
-            body = self._bodies[path]
-            body.past = past_length(kwargs.get("past_key_values"))
-            if body.past:
-                self._recall(kwargs["past_key_values"])
-            body.encoder = kwargs.get("encoder_hidden_states") if body.decodes else None
-            body.encoder_mask = kwargs.get("encoder_attention_mask") if body.decodes else None
-            body.context = self._context(body, kwargs)
-            if self.router.spec.gate_input not in BASE_INPUTS:
-                return None
-            sites = [site for site in self.router.layout.values() if site.body == path]
-            if self._decides_on_base:
-                self._decide_on_base_prompt(body, sites, (module, args, kwargs))
-                return None
-            hidden, kwargs = base_pass(self.attached, module, args, kwargs)
-            if reads_prompt_too(self.router.spec) and not (body.past and path in self._prompts):
-                self._prompts[path] = pooled(self.router.spec.pooling, hidden, body)
-            quick = self._quick(hidden)
-            for site in sites:
-                self._decide(site, hidden, None, quick)
-            return args, kwargs
+            call = self._open_body(path, module, args, kwargs)
+            seen = self._records is not None or self._transform is not None
+            given = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
+            self._families.begin(quick=not seen and self._quick(given))
+            return call
 
         return hook
+
+    def _open_body(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Take in what a body is called with, decide what is decided before its layers run; return changed inputs."""
+        body = self._bodies[path]
+        body.past = past_length(kwargs.get("past_key_values"))
+        if body.past:
+            self._recall(kwargs["past_key_values"])
+        body.encoder = kwargs.get("encoder_hidden_states") if body.decodes else None
+        body.encoder_mask = kwargs.get("encoder_attention_mask") if body.decodes else None
+        body.context = self._context(body, kwargs)
+        if self.router.spec.gate_input not in BASE_INPUTS:
+            return None
+        sites = [site for site in self.router.layout.values() if site.body == path]
+        if self._decides_on_base:
+            self._decide_on_base_prompt(body, sites, (module, args, kwargs))
+            return None
+        hidden, kwargs = base_pass(self.attached, module, args, kwargs)
+        if reads_prompt_too(self.router.spec) and not (body.past and path in self._prompts):
+            self._prompts[path] = pooled(self.router.spec.pooling, hidden, body)
+        quick = self._quick(hidden)
+        for site in sites:
+            self._decide(site, hidden, None, quick)
+        return args, kwargs
 
     def _decide_on_base_prompt(
         self, body: Body, sites: list[Site], call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]]

@@ -45,7 +45,7 @@ class SoftGates(NamedTuple):
         return (self.temperature, self.k, self.to_one) == (other.temperature, other.k, other.to_one)
 
     def dense(self, logits: torch.Tensor) -> torch.Tensor:
-        """Gates of all experts ``(..., E)``, 0 for those not chosen; without autograd, and ``logits`` are used up.
+        """Gates of all experts ``(N, E)``, 0 for those not chosen; without autograd, and ``logits`` are used up.
 
         As in `decide`, of equal scores the lower indices are chosen.
         """
@@ -53,11 +53,10 @@ class SoftGates(NamedTuple):
         k = self.k
         if k is None:
             return torch.softmax(scores, dim=-1)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices
-        others = order.narrow(-1, k, scores.shape[-1] - k)
+        others = _others(scores, k)
         if self.to_one:
-            return torch.softmax(scores.scatter_(-1, others, float("-inf")), dim=-1)
-        return torch.softmax(scores, dim=-1).scatter_(-1, others, 0.0)
+            return torch.softmax(scores.masked_fill_(others, float("-inf")), dim=-1)
+        return torch.softmax(scores, dim=-1).masked_fill_(others, 0.0)
 
     def mixes_all(self, rows: int) -> bool:
         """Whether ``rows`` rank rows, those of all experts, are mixed sooner than those of the chosen are picked."""
@@ -82,6 +81,22 @@ class SoftGates(NamedTuple):
 
 _MANY = 1024
 """From so many scores on, with experts enough to be more than twice `k`, a CPU finds the best sooner than it sorts."""
+
+
+def _others(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """``(N, E)`` bool: all but the best ``k``; looks at the scores, as `_best` does."""
+    if k < scores.shape[-1]:
+        values = scores.topk(k + 1, dim=-1).values
+        worst = values.narrow(-1, k - 1, 1)
+        if scores.numel() < _MANY:  # a few numbers are compared sooner in Python
+            clear = all([row[k - 1] > row[k] for row in values.tolist()])
+        else:
+            clear = bool((worst > values.narrow(-1, k, 1)).all())
+        if clear:  # else topk leaves open which of equal ones it takes
+            return scores < worst
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order.narrow(-1, 0, k), True)  # noqa: FBT003
+    return chosen.logical_not_()
 
 
 def _best(scores: torch.Tensor, k: int) -> torch.Tensor:

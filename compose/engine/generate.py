@@ -49,7 +49,7 @@ def generate_tokens(
     encoder_decoder = model.config.is_encoder_decoder
     fill = pad_id(model, stop_ids)
     ids, mask = padded(prompts, fill, left=not encoder_decoder, device=model.device)
-    with torch.no_grad():
+    with torch.no_grad() if _keeps_cache(model, options) else torch.inference_mode():
         generated = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -59,6 +59,12 @@ def generate_tokens(
         )
     start = 1 if encoder_decoder else ids.shape[1]
     return [_until_stop(row, set(stop_ids)) for row in generated[:, start:].tolist()]
+
+
+def _keeps_cache(model: Any, options: Mapping[str, Any]) -> bool:
+    """Whether the model keeps its cache for later calls, which may be made outside of inference mode."""
+    kind = options.get("cache_implementation", getattr(model.generation_config, "cache_implementation", None))
+    return kind is not None or options.get("generation_config") is not None
 
 
 def padded(

@@ -105,10 +105,11 @@ class ComposedLinear(_ComposedLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``(B, D)`` or ``(B, T, D)`` -> the same with ``O``; further arguments go to the base layer."""
-        layer: Any = self._modules["base_layer"]  # by attribute it runs torch's Python look-up
-        state = self._state
-        if type(layer) is nn.Linear and not watched(layer) and not args and not kwargs:
-            base, owned = nn.functional.linear(x, layer.weight, layer.bias), True
+        layer: Any = self._modules["base_layer"]  # by attribute it runs torch's Python look-up, as do parameters
+        state, own = self._state, layer._parameters
+        plain = type(layer) is nn.Linear and "bias" in own and own.get("weight") is not None
+        if plain and not args and not kwargs and not watched(layer):
+            base, owned = nn.functional.linear(x, own["weight"], own["bias"]), True
         else:
             base, owned = layer(x, *args, **kwargs), _owns_output(layer)
         if state.placed is None:
