@@ -22,6 +22,21 @@ def past_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def make_room(cache: Any) -> None:
+    """Have tokens written into an empty dynamic cache one by one, instead of copying all for each: `GrowingLayer`."""
+    from transformers import DynamicCache, EncoderDecoderCache
+    from transformers.cache_utils import DynamicLayer
+
+    from compose.routers.growing_layer import GrowingLayer
+
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if isinstance(own, DynamicCache) and not own.offloading:
+        own.layers[:] = [
+            GrowingLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer
+            for layer in own.layers
+        ]
+
+
 def base_pass(
     attached: Any, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, cached: bool = True
 ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -124,6 +139,6 @@ def _layer_like(cache: Any, body: Any, *, grows: bool) -> Any:
     from compose.routers.growing_layer import GrowingLayer
 
     own = cache.layers[len(cache.layers) - _depth(body)] if len(cache.layers) >= _depth(body) else None
-    if own is None or type(own) is DynamicLayer:
+    if own is None or type(own) in (DynamicLayer, GrowingLayer):
         return GrowingLayer() if grows else DynamicLayer()
     raise IncompatibleError(f"two passes cannot keep a {type(own).__name__}; use a model with full attention")

@@ -55,22 +55,29 @@ class _Room:
 
     def __init__(self, whole: torch.Tensor, written: int) -> None:
         self.whole, self.written = whole, written
+        self._lead, self._total = whole.shape[:-2], whole.shape[-2]
+        self._used: torch.Tensor | None = None
 
     def append(self, new: torch.Tensor) -> torch.Tensor:
         """Write states behind those written; return all."""
         tokens = new.shape[-2]
         self.whole.narrow(-2, self.written, tokens).copy_(new)
         self.written += tokens
-        return self.whole.narrow(-2, 0, self.written)
+        self._used = self.whole.narrow(-2, 0, self.written)
+        return self._used
 
     def continues(self, kept: torch.Tensor, new: torch.Tensor) -> bool:
         """Whether new states can be written behind those kept."""
         whole = self.whole
-        if kept.data_ptr() != whole.data_ptr() or kept.stride() != whole.stride() or kept.shape[-2] != self.written:
+        if self.written + new.shape[-2] > self._total or whole.is_inference() != torch.is_inference_mode_enabled():
             return False
-        if self.written + new.shape[-2] > whole.shape[-2] or whole.is_inference() != torch.is_inference_mode_enabled():
+        if new.shape[:-2] != self._lead or new.dtype is not whole.dtype:
             return False
-        return kept.shape[:-2] == new.shape[:-2] and whole.dtype == new.dtype
+        if kept is self._used:
+            return True
+        if kept.data_ptr() != whole.data_ptr() or kept.stride() != whole.stride():
+            return False
+        return kept.shape[-2] == self.written and kept.shape[:-2] == self._lead
 
 
 def _room_behind(kept: torch.Tensor, room: _Room | None, new: torch.Tensor) -> _Room:

@@ -12,6 +12,7 @@ from torch import nn
 
 from compose.routers.component import SiteShape
 from compose.routers.gates.linear import LinearScores
+from compose.routers.gates.mlp import MlpScores
 from compose.routers.perturb import add_noise, drop_experts, limit_capacity
 from compose.routers.renormalise import renormalise
 from compose.routers.routing import Routing
@@ -76,9 +77,10 @@ class SiteRouter(nn.Module):
 
         For callers that know that nobody watches the steps and that no autocast is on.
         """
-        return (
-            self.soft.decide(self.gate, x) if self.soft is not None and isinstance(self.gate, LinearScores) else None
-        )
+        if self.soft is None or not isinstance(self.gate, LinearScores | MlpScores):
+            return None
+        product = self.gate.product()
+        return None if product is None else self.soft.decide(*product, x)
 
     def _decide(self, gate: nn.Module, seen: Seen) -> Routing:
         """From scores to gates."""

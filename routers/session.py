@@ -26,7 +26,7 @@ from compose.routers.bodies import Body, first_block, is_decoder_of_two, pooled
 from compose.routers.context import RoutingContext, padding_of, repeat_rows
 from compose.routers.decisions import decisions_of
 from compose.routers.ffn import place_ffn_experts
-from compose.routers.first_pass import base_pass, past_length
+from compose.routers.first_pass import base_pass, make_room, past_length
 from compose.routers.lanes import lane_of
 from compose.routers.mixing import Mixer, Rows
 from compose.routers.router import Router
@@ -290,10 +290,12 @@ class RoutingSession:
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             if not self._in_force():
                 return None
-            call = self._open_body(path, module, args, kwargs)
-            seen = self._records is not None or self._transform is not None
             given = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
-            self._families.begin(quick=not seen and self._quick(given))
+            quick, cache = self._quick(given), kwargs.get("past_key_values")
+            if quick and past_length(cache) == 0 and given.device.type == "cpu" and not torch.is_grad_enabled():
+                make_room(cache)
+            call = self._open_body(path, module, args, kwargs)
+            self._families.begin(quick=quick and self._records is None and self._transform is None)
             return call
 
         return hook

@@ -206,7 +206,7 @@ class Family:
             if self.sites is not None:
                 site = self.sites[place]
                 gate = site._modules["gate"]  # by attribute it runs torch's Python look-up
-                if site.soft is None or type(gate) is not LinearScores:
+                if site.soft is None or type(gate) is not LinearScores or gate.layer_norm:
                     return False
                 weight_ED, bias_E = gate._parameters.get("weight_ED"), gate._parameters.get("bias_E")
                 if weight_ED is None or weight_ED.dtype is not dtype or weight_ED.shape[0] != site.num_experts:
@@ -347,8 +347,8 @@ class Families:
         return self._lead(family, x, call, rows)
 
     def _lead(self, family: Family, x: torch.Tensor, call: Any, rows: Rows | None) -> torch.Tensor | None:
-        if not _plain(x, call):
-            return None
+        if not _plain(x, call) or (family.sites is not None and x.dtype is not torch.float32):
+            return None  # gates are computed in float32
         if len(family.targets) == 1:
             mixed = family.alone(x, call, rows)
         else:
@@ -397,7 +397,7 @@ class Families:
         if self._reads_tokens and all(lane.alone and lane.decides and not lane.of_encoder for lane in lanes):
             sites = [self._gates[lane.site.name] for lane in lanes]
             rows, experts = alike[0].matrix_RE.shape
-            fit = all(site.soft is not None and site.soft.mixes_all(rows) for site in sites)
+            fit = all(type(site.gate) is LinearScores and site.soft and site.soft.mixes_all(rows) for site in sites)
             return Family(targets, layers, alike, sites) if fit and sites[0].num_experts == experts else None
         if any(lane.site is not lanes[0].site for lane in lanes) or any(lane.decides for lane in lanes[1:]):
             return None

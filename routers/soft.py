@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from compose.routers.gates.linear import LinearGate, LinearScores
 from compose.routers.mixing import ROWS_PER_CHOICE
 from compose.routers.normalisations.softmax import Softmax
 from compose.routers.routing import Routing
@@ -63,12 +62,11 @@ class SoftGates(NamedTuple):
         k = self.k
         return k is None or rows <= ROWS_PER_CHOICE * k
 
-    def decide(self, gate: LinearScores, x: torch.Tensor) -> Routing:
+    def decide(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, x: torch.Tensor) -> Routing:
         """Return the routing for ``x (..., D)``."""
-        weight_ED = gate.weight_ED
         if x.dtype != weight_ED.dtype:
             x = x.to(weight_ED.dtype)
-        logits = nn.functional.linear(x, weight_ED, gate.bias_E).float()
+        logits = nn.functional.linear(x, weight_ED, bias_E).float()
         scores = logits if self.temperature == 1.0 else logits / self.temperature
         probs = torch.softmax(scores, dim=-1)
         k = self.k
@@ -111,12 +109,14 @@ def _best(scores: torch.Tensor, k: int) -> torch.Tensor:
 def soft_gates(spec: MixtureSpec, select: nn.Module) -> SoftGates | None:
     """How the sites of a mixture decide, for sites that have all experts; None where there is more to it.
 
+    Whether the gate's scores are one product is the gate's to say.
+
     Args:
         spec: The mixture.
         select: The site's selector.
     """
-    gate, normalise = spec.gate, spec.normalise
-    if not isinstance(gate, LinearGate) or gate.layer_norm or not isinstance(normalise, Softmax) or normalise.learned:
+    normalise = spec.normalise
+    if not isinstance(normalise, Softmax) or normalise.learned:
         return None
     perturbed = spec.noise or spec.expert_dropout or spec.capacity is not None
     changed = spec.post != "none" or spec.gate_power != 1 or spec.global_scale != 1.0 or spec.always_on

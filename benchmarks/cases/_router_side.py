@@ -18,6 +18,7 @@ from timing import Timing, interleaved
 import compose
 from compose.adapter import Adapter
 from compose.bank import Bank
+from compose.engine.generate import generate_tokens
 from compose.formats.peft import write_adapter
 from compose.routers.builder import build
 from compose.routers.presets.registry import preset
@@ -118,14 +119,14 @@ class Mixtures:
         """Forward alone."""
         return self.routed(input_ids=batch["input_ids"], use_cache=False).logits
 
-    def generate(self, prompt: torch.Tensor, new: int) -> torch.Tensor:
-        """Greedy generation with caches."""
-        return _generate(self.routed.eval().model, prompt, new)
+    def generate(self, prompt: torch.Tensor, new: int) -> list[list[int]]:
+        """Greedy generation with caches, as users call it."""
+        return self.routed.eval().generate(prompt, max_new_tokens=new, stop_ids=[])
 
     def generate_bare(self, prompt: torch.Tensor, new: int, times: int) -> None:
-        """Generation without adapters and router, several times."""
+        """Ours without adapters and router, several times."""
         for _ in range(times):
-            _generate(self.bare, prompt, new)
+            generate_tokens(self.bare, prompt.tolist(), max_new_tokens=new, stop_ids=[])
 
     @cached_property
     def bare(self) -> Any:

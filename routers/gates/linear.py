@@ -68,6 +68,10 @@ class LinearScores(nn.Module):
             x = nn.functional.layer_norm(x, x.shape[-1:])
         return nn.functional.linear(x, self.weight_ED, self.bias_E)
 
+    def product(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Weight ``(E, D)`` and bias ``(E,)`` where logits are that product and no more; else None."""
+        return None if self.layer_norm else (self.weight_ED, self.bias_E)
+
 
 def initial(init: Init, out: int, width: int, std: float, generator: torch.Generator) -> torch.Tensor:
     """Initial weights ``(out, width)`` in float32."""

@@ -55,10 +55,12 @@ class MlpGate:
                 if self.bias:
                     linear.bias.zero_()
             layers.append(linear)
-        return _Mlp(nn.Sequential(*layers))
+        return MlpScores(nn.Sequential(*layers))
 
 
-class _Mlp(nn.Module):
+class MlpScores(nn.Module):
+    """The gate of one site."""
+
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
         self.layers = layers
@@ -67,3 +69,8 @@ class _Mlp(nn.Module):
         """``x (..., D)`` -> logits ``(..., E)``."""
         assert seen.x is not None  # noqa: S101 - the specification demands an input for this gate
         return self.layers(seen.x.to(next(self.parameters()).dtype))
+
+    def product(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """As `compose.routers.gates.linear.LinearScores.product`: of a single layer."""
+        only = self.layers[0]
+        return (only.weight, only.bias) if len(self.layers) == 1 and type(only) is nn.Linear else None

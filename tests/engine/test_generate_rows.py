@@ -180,3 +180,26 @@ def test_a_model_that_does_not_generate_and_a_detached_handle_are_refused(tiny_m
     for adapters in (None, [None] * 5, ["expert-0"] * 5):
         with pytest.raises(IncompatibleError, match="detached"):
             attached.generate(PROMPTS, adapters, max_new_tokens=2)
+
+
+def test_it_runs_in_inference_mode_and_leaves_nothing_of_it_in_the_model(llama) -> None:
+    modes = []
+    hook = llama.model.model.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    llama.generate(PROMPTS, ADAPTERS, max_new_tokens=3)
+    hook.remove()
+    assert modes
+    assert all(modes)
+    kept = [*llama.model.parameters(), *llama.model.buffers()]
+    assert not any(tensor.is_inference() for tensor in kept)
+
+
+def test_a_cache_that_the_model_keeps_is_made_outside_of_inference_mode(llama) -> None:
+    """It is written to again by later calls, which need not be ours."""
+    found = llama.generate([[5, 9, 11]], max_new_tokens=4, cache_implementation="static", stop_ids=[])
+    assert found == llama.generate([[5, 9, 11]], max_new_tokens=4, stop_ids=[])
+    ids = torch.tensor([[5, 9, 11]])
+    theirs = llama.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False,
+        cache_implementation="static",
+    )  # fmt: skip
+    assert theirs[0, 3:].tolist() == found[0]

@@ -91,6 +91,16 @@ def test_gates_are_spread_by_a_product_as_by_picking_columns(make_stack):
     torch.testing.assert_close(torch.nn.functional.linear(wide, spread.wide), picked)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "scalings", "even"),
+    [((2, 2), (0.5, 0.5), (2, 0.5)), ((2, 2), (0.5, 1.0), None), ((2, 1), (0.5, 0.5), None), ((3,), (2.0,), (3, 2.0))],
+)
+def test_adapters_that_are_all_alike_are_known(ranks, scalings, even):
+    rows = sum(ranks)
+    stack = LoraStack(torch.zeros(rows, 4), torch.zeros(rows, 4), torch.tensor(scalings), ranks)
+    assert stack.spread().even == even
+
+
 def test_a_new_scaling_is_noticed_and_a_trained_one_gets_its_gradient(make_stack):
     stack, gates = make_stack((2, 1)), torch.ones(3, 2)
     before = stack.row_coefficients(gates)

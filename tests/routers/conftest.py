@@ -17,8 +17,18 @@ from compose.routers.steps import Seen
 RANKS = (3, 1, 8, 5)
 
 
-def experts_over(model: torch.nn.Module, ranks: tuple[int, ...] = RANKS, *, skip: str = "", seed: int = 0) -> Bank:
-    """Experts with random A and B on every linear layer; the second misses the targets that contain ``skip``."""
+def experts_over(
+    model: torch.nn.Module,
+    ranks: tuple[int, ...] = RANKS,
+    *,
+    skip: str = "",
+    seed: int = 0,
+    scaling: float | None = None,
+) -> Bank:
+    """Experts with random A and B on every linear layer; the second misses the targets that contain ``skip``.
+
+    ``scaling``: Of all experts; else every expert has another.
+    """
     generator = torch.Generator().manual_seed(seed)
     targets = [target for target in linear_targets(model) if "relative_attention" not in target]
     adapters = []
@@ -29,7 +39,7 @@ def experts_over(model: torch.nn.Module, ranks: tuple[int, ...] = RANKS, *, skip
             a = torch.randn(rank, width, generator=generator) / width**0.5
             b = torch.randn(out, rank, generator=generator) / rank**0.5
             if not (index == 1 and skip and skip in target):
-                updates[target] = LowRank(a, b, 0.5 + 0.25 * index)
+                updates[target] = LowRank(a, b, 0.5 + 0.25 * index if scaling is None else scaling)
         adapters.append(Adapter(f"expert-{index}", "tiny", updates))
     return Bank.from_adapters(adapters)
 
@@ -48,12 +58,12 @@ def routed_over(tiny_model):
     """
     made = []
 
-    def make(name: str, spec, *, ranks=RANKS, skip="", trainable=None, layers=None, **options):
+    def make(name: str, spec, *, ranks=RANKS, skip="", scaling=None, trainable=None, layers=None, **options):
         model = tiny_model(name)
         if layers is not None:
             del model.model.layers[layers:]
         trainable = spec.trains_experts if trainable is None else trainable
-        attached = attach(model, experts_over(model, ranks, skip=skip), trainable=trainable)
+        attached = attach(model, experts_over(model, ranks, skip=skip, scaling=scaling), trainable=trainable)
         made.append(build(attached, spec, **options))
         return made[-1]
 

@@ -46,3 +46,45 @@ def test_a_cache_that_was_filled_without_the_router_is_refused(routed_over, batc
         cache = routed.model(input_ids=ids[:, :4], use_cache=True).past_key_values
     with pytest.raises(IncompatibleError, match=r"holds 4 tokens, and the pass .* saw 0 of them; fill the cache"):
         routed(input_ids=ids[:, 4:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["xlora", "molora"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_tokens_are_written_into_a_cache_that_was_handed_in(kind, name, routed_over, batch):
+    """Its layers have room; the cache stays the caller's and can be continued without gradients and with them."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    routed, inputs = routed_over(kind, preset(name)), batch(kind)
+    known = {"input_ids": inputs["input_ids"]} if kind == "t5" else {}
+    ids, given = inputs["input_ids"][:, :6], "decoder_input_ids" if kind == "t5" else "input_ids"
+    config = routed.config
+    cache = DynamicCache(config=config)
+    if kind == "t5":
+        cache = EncoderDecoderCache(cache, DynamicCache(config=config))
+    own = cache.self_attention_cache if kind == "t5" else cache
+    with torch.no_grad():
+        whole = routed(**known, **{given: ids}, use_cache=False).logits
+        first = routed(**known, **{given: ids[:, :3]}, past_key_values=cache, use_cache=True)
+        second = routed(**known, **{given: ids[:, 3:5]}, past_key_values=cache, use_cache=True)
+        places = {layer.keys.data_ptr() for layer in own.layers}
+    assert first.past_key_values is cache
+    third = routed(**known, **{given: ids[:, 5:]}, past_key_values=cache, use_cache=True)
+    found = torch.cat([first.logits, second.logits, third.logits], dim=1)
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+    assert own.get_seq_length() == 6
+    assert len(places) == len(own.layers)
+
+
+@torch.no_grad()
+def test_generation_copies_no_cache(routed_over):
+    routed, seen = routed_over("llama", preset("molora")), []
+
+    def watch(_, args, kwargs):
+        layer = kwargs["past_key_values"].layers[0]
+        seen.append(layer.keys.data_ptr() if layer.is_initialized else None)
+
+    hook = routed.model.model.register_forward_pre_hook(watch, with_kwargs=True)
+    routed.generate([[5, 6, 7]], max_new_tokens=8, stop_ids=[])
+    hook.remove()
+    assert seen[0] is None
+    assert len(set(seen[1:])) == 1

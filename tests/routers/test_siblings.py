@@ -26,6 +26,12 @@ KINDS = {
     "first pass": MixtureSpec(gate=NORMAL, site="model", gate_input="first_pass"),
     "sequence": MixtureSpec(gate=NORMAL, site="block", scope="sequence", gate_input="block", pooling="mean"),
 }
+BANKS = {
+    "like ranks": {"ranks": (2, 2, 2, 2)},
+    "like ranks and scalings": {"ranks": (2, 2, 2, 2), "scaling": 0.75},
+    "other ranks": {"ranks": (3, 1, 8, 5)},
+}
+MODES = {"no gradients": torch.no_grad, "inference": torch.inference_mode}
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}  # float32 sums in another order, through all layers
 
 
@@ -50,21 +56,33 @@ def one_by_one(routed, inputs, monkeypatch) -> torch.Tensor:
         return routed(**inputs).logits
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("ranks", [(2, 2, 2, 2), (3, 1, 8, 5)], ids=str)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("bank", BANKS.values(), ids=BANKS)
 @pytest.mark.parametrize("spec", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("name", ["llama", "t5", "bert"])
-def test_together_is_one_by_one(name, spec, ranks, routed_over, batch, monkeypatch, taken):
-    routed, inputs = routed_over(name, spec, ranks=ranks).eval(), batch(name)
+def test_together_is_one_by_one(name, spec, bank, mode, routed_over, batch, monkeypatch, taken):
+    routed, inputs = routed_over(name, spec, **bank).eval(), batch(name)
     if name == "bert":
         del inputs["labels"]  # it classifies rows
     want = one_by_one(routed, inputs, monkeypatch)
     assert taken == []
-    for _ in range(2):  # in the first forward siblings are seen
-        torch.testing.assert_close(routed(**inputs).logits, want, **CLOSE)
+    with mode():
+        for _ in range(2):  # in the first forward siblings are seen
+            torch.testing.assert_close(routed(**inputs).logits, want, **CLOSE)
     kinds = {target.rpartition(".")[2] for target in taken}
     assert kinds >= {"llama": {"q_proj", "k_proj", "v_proj"}, "t5": {"q", "k", "v"}, "bert": {"query", "key"}}[name]
     assert len(taken) == len(set(taken)) or name == "t5"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 5e-6), (torch.bfloat16, 0.05)])  # gates are float32
+@pytest.mark.parametrize("bank", BANKS.values(), ids=BANKS)
+@pytest.mark.parametrize("spec", KINDS.values(), ids=KINDS)
+def test_models_of_other_types_are_served(spec, bank, dtype, close, routed_over, batch, monkeypatch):
+    routed, inputs = routed_over("llama", spec, **bank).eval().to(dtype), batch("llama")
+    want = one_by_one(routed, inputs, monkeypatch)
+    for _ in range(3):
+        torch.testing.assert_close(routed(**inputs).logits, want, atol=close, rtol=close)
 
 
 @torch.no_grad()
@@ -207,6 +225,37 @@ def test_another_or_a_changed_input_is_not_taken_for_the_leader_s(routed_over, b
     q(x)
     x.mul_(2)
     torch.testing.assert_close(k(x), want_changed)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_model_that_changes_the_input_between_two_calls_has_no_siblings_there(mode, routed_over, batch, monkeypatch):
+    routed, inputs = routed_over("llama", KINDS["all"]), batch("llama")
+    attention = routed.model.model.layers[0].self_attn
+
+    def change(_, args):
+        args[0].mul_(-0.5)
+
+    attention.k_proj.register_forward_pre_hook(change)
+    want = one_by_one(routed, inputs, monkeypatch)
+    with mode():
+        for _ in range(3):
+            torch.testing.assert_close(routed(**inputs).logits, want, **CLOSE)
+
+
+@torch.no_grad()
+def test_what_is_learnt_in_one_mode_serves_the_others(routed_over, batch, monkeypatch, taken):
+    routed, inputs = routed_over("llama", KINDS["top 2"]), batch("llama")
+    want = one_by_one(routed, inputs, monkeypatch)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            for _ in range(2):
+                torch.testing.assert_close(routed(**inputs).logits, want, **CLOSE)
+        assert taken
+        taken.clear()
+    routed.requires_grad_(True)  # what inference mode made is not in the way of training
+    with torch.enable_grad():
+        routed(**inputs).loss.backward()
+    assert all(parameter.grad is not None for parameter in routed.router.parameters())
 
 
 @torch.no_grad()
