@@ -39,7 +39,7 @@ def lowrank(
     if torch.compiler.is_compiling():
         return _expand(_shrink(x_BTD, a) * c, b, base_BTO, 1.0)
     if differentiated(x_BTD, a, b, c, base_BTO):
-        reuse = reuse_base and base_BTO is not None and _writable_with_a_graph(base_BTO)
+        reuse = reuse_base and base_BTO is not None and writable_with_a_graph(base_BTO)
         return _LowRank.apply(x_BTD, a, b, c, base_BTO, reuse)
     return undifferentiated(x_BTD, a, b, c, base_BTO, reuse_base)
 
@@ -143,7 +143,7 @@ def _writable(base: torch.Tensor) -> bool:
     return base.is_contiguous() and (not base.is_inference() or torch.is_inference_mode_enabled())
 
 
-def _writable_with_a_graph(base: torch.Tensor) -> bool:
+def writable_with_a_graph(base: torch.Tensor) -> bool:
     """`_writable`, and autograd lets it be written to: no view of something else, no leaf that is trained."""
     return _writable(base) and not base._is_view() and not (base.is_leaf and base.requires_grad)
 

@@ -77,10 +77,12 @@ class SiteRouter(nn.Module):
 
         For callers that know that nobody watches the steps and that no autocast is on.
         """
-        if self.soft is None or not isinstance(self.gate, LinearScores | MlpScores):
-            return None
-        product = self.gate.product()
-        return None if product is None else self.soft.decide(*product, x)
+        product = self.product()
+        return None if product is None or self.soft is None else self.soft.decide(*product, x)
+
+    def product(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Weight and bias of the gate where its scores are one product of its input; else None."""
+        return self.gate.product() if isinstance(self.gate, LinearScores | MlpScores) else None
 
     def _decide(self, gate: nn.Module, seen: Seen) -> Routing:
         """From scores to gates."""

@@ -27,12 +27,13 @@ from compose.routers.context import RoutingContext, padding_of, repeat_rows
 from compose.routers.decisions import decisions_of
 from compose.routers.ffn import place_ffn_experts
 from compose.routers.first_pass import base_pass, make_room, past_length
-from compose.routers.lanes import lane_of
+from compose.routers.lanes import Lane, lane_of
 from compose.routers.mixing import Mixer, Rows
 from compose.routers.router import Router
 from compose.routers.routing import Decisions, Routing
 from compose.routers.siblings import Families
 from compose.routers.sites import Site, body_path
+from compose.routers.soft import mix_trained
 from compose.routers.spec import reads_prompt_too
 from compose.routers.steps import Seen
 from compose.routers.taps import tap_target
@@ -116,6 +117,7 @@ class RoutingSession:
         self._records: list[Decisions] | None = None
         self._pending: list[Callable[[], Decisions]] = []
         self._keeps_inputs = False
+        self._told = False  # whether anybody saw or changed decisions in the last forward; layers may run again after it
         self._hooks: list[RemovableHandle] = []
         self._top: dict[str, torch.Tensor | None] = {}
         self._prompts: dict[str, torch.Tensor] = {}
@@ -159,8 +161,8 @@ class RoutingSession:
             return _unchanged(x, call)
         site, stack, quick = lane.site, call.stack, self._quick(x)
         together = quick and not torch.is_grad_enabled()
-        if together and self._records is None and self._transform is None:
-            mixed = self._families.lead(x, call)  # nobody sees what the gates say
+        if quick and self._records is None and self._transform is None:  # nobody sees what the gates say
+            mixed = self._families.lead(x, call) if together else self._trained(lane, x, call)
             if mixed is not None:
                 return mixed
         if lane.decides:
@@ -179,6 +181,13 @@ class RoutingSession:
                 mixed = self._families.lead(x, call, rows) if together else None
                 return rows.add(x, call) if mixed is None else mixed
         return self.mixer(x, call, routing)
+
+    def _trained(self, lane: Lane, x: torch.Tensor, call: Call) -> torch.Tensor | None:
+        """Mix and decide in one function, where the target's gate is its own; None where that is not possible."""
+        if self._told or lane.of_encoder or not (self._reads_tokens and lane.alone and lane.decides):
+            return None
+        gate = self._gates[lane.site.name]
+        return mix_trained(gate.soft, gate.product(), self.mixer.spread_of(call.stack, call.backend), x, call)
 
     def install(self) -> None:
         """Put the hooks on the model; they do nothing while the session is not in force."""
@@ -295,7 +304,8 @@ class RoutingSession:
             if quick and past_length(cache) == 0 and given.device.type == "cpu" and not torch.is_grad_enabled():
                 make_room(cache)
             call = self._open_body(path, module, args, kwargs)
-            self._families.begin(quick=quick and self._records is None and self._transform is None)
+            self._told = self._records is not None or self._transform is not None
+            self._families.begin(quick=quick and not self._told)
             return call
 
         return hook

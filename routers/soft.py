@@ -8,11 +8,14 @@ Shape letters: ``B`` rows, ``T`` tokens, ``D`` width of the gate's input, ``E`` 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from compose.kernels.gated_lowrank import Others, gated_lowrank
+from compose.kernels.stack import Spread
 from compose.routers.mixing import ROWS_PER_CHOICE
 from compose.routers.normalisations.softmax import Softmax
 from compose.routers.routing import Routing
@@ -57,6 +60,11 @@ class SoftGates(NamedTuple):
             return torch.softmax(scores.masked_fill_(others, float("-inf")), dim=-1)
         return torch.softmax(scores, dim=-1).masked_fill_(others, 0.0)
 
+    def others(self) -> Others | None:
+        """Scores ``(N, E)`` -> which experts take no part; None where all do."""
+        k = self.k
+        return None if k is None else partial(_others, k=k)
+
     def mixes_all(self, rows: int) -> bool:
         """Whether ``rows`` rank rows, those of all experts, are mixed sooner than those of the chosen are picked."""
         k = self.k
@@ -75,6 +83,42 @@ class SoftGates(NamedTuple):
         ids = _best(scores, k)
         gates = torch.softmax(scores.gather(-1, ids), dim=-1) if self.to_one else probs.gather(-1, ids)
         return Routing(gates, ids, logits, probs)
+
+
+def mix_trained(
+    soft: SoftGates | None,
+    product: tuple[torch.Tensor, torch.Tensor | None] | None,
+    spread: Spread | None,
+    x: torch.Tensor,
+    call: Any,
+) -> torch.Tensor | None:
+    """Decide and mix in one differentiable function, where a target's own gate decides so for every token.
+
+    For callers that need no routing, and know that nobody watches the steps and that no autocast is on.
+
+    Args:
+        soft: How the site decides.
+        product: The gate's weight and bias, where its scores are that product.
+        spread: How its gates become coefficients.
+        x: ``(B, T, D)``.
+        call: Factors and base output.
+
+    Returns:
+        The base output plus the mixture; None where there is more to the decision, or types differ.
+    """
+    if soft is None or product is None or spread is None or not (soft.k is None or soft.to_one):
+        return None
+    (weight_ED, bias_E), stack, base, dtype = product, call.stack, call.base, spread.matrix_RE.dtype
+    given = (x, weight_ED, stack.a_RD, base)
+    if base is None or any(each.dtype is not dtype for each in given) or x.ndim != 3:  # noqa: PLR2004 - (B, T, D)
+        return None
+    rows, experts = spread.matrix_RE.shape
+    if not soft.mixes_all(rows) or weight_ED.shape[0] != experts:
+        return None
+    return gated_lowrank(
+        x, weight_ED, bias_E, stack.a_RD, stack.b_RO, spread.matrix_RE, base,
+        temperature=soft.temperature, others=soft.others(), reuse_base=call.owns_base,
+    )  # fmt: skip
 
 
 _MANY = 1024

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from compose.errors import IncompatibleError
-from compose.routers import preset
+from compose.routers import preset, soft
 from compose.routers.gates.linear import LinearGate
 from compose.routers.mixing import Rows
 from compose.routers.selectors.top_k import TopK
@@ -108,16 +108,26 @@ QUICK = {
 def test_the_fast_path_gives_the_loss_and_the_gradients_of_the_steps(
     name, spec, ranks, routed_over, batch, monkeypatch
 ):
+    """As near to what float64 gives as the steps are: in float32 their sums differ in their last digits."""
     routed, inputs = routed_over(name, spec, ranks=ranks, skip="layers.1"), batch(name)
-    added = count_calls(monkeypatch, Rows, "add")
+    added, gated = count_calls(monkeypatch, Rows, "add"), count_calls(monkeypatch, soft, "gated_lowrank")
     found = []
-    for _ in range(2):
+    for quick in (True, False, False):
         output = routed(**inputs)
-        found.append((output.logits, torch.autograd.grad(output.loss, list(routed.trained_parameters().values()))))
-        used = len(added)
-        monkeypatch.setattr(routed.session, "_quick", lambda x: False)
-    assert 0 < used == len(added)  # the second time none
-    torch.testing.assert_close(*found, rtol=1e-4, atol=5e-5)  # float32 sums in another order, through all layers
+        gradients = torch.autograd.grad(output.loss, list(routed.trained_parameters().values()))
+        found.append([output.logits.detach(), *gradients])
+        if quick:
+            used = len(added), len(gated)
+            monkeypatch.setattr(routed.session, "_quick", lambda x: False)
+        else:
+            routed.double()
+    fast, slow, exact = found
+    far = [max(distance(*pair) for pair in zip(each, exact, strict=True)) for each in (fast, slow)]
+    assert far[0] <= 2 * far[1] < 0.01
+    assert used == (len(added), len(gated))  # the second time none
+    assert used[0] or used[1]
+    own = spec.gate_input == "layer" and spec.scope == "token"  # targets that decide for themselves alone
+    assert bool(used[1]) == own
 
 
 @pytest.mark.parametrize(
@@ -132,7 +142,8 @@ def test_checkpointed_layers_decide_and_spread_again(which, reentrant, routed_ov
     if reentrant:
         routed.model.enable_input_require_grads()
     routed(**inputs).loss.backward()
-    torch.testing.assert_close(tuple(parameter.grad for parameter in trained), want, rtol=1e-4, atol=1e-6)
+    for parameter, gradient in zip(trained, want, strict=True):  # the first of two forwards is one without gradients
+        assert distance(parameter.grad, gradient) < 1e-4
 
 
 @torch.no_grad()
@@ -161,13 +172,32 @@ def test_an_ablation_changes_what_is_spread(routed_over, batch):
         torch.testing.assert_close(without, routed.model(input_ids=ids).logits)
 
 
+def distance(found: torch.Tensor, want: torch.Tensor) -> float:
+    return float((found.double() - want.double()).norm() / want.double().norm())
+
+
 def count_calls(monkeypatch, owner, name) -> list[int]:
     calls: list[int] = []
     original = getattr(owner, name)
 
-    def counted(*args):
+    def counted(*args, **options):
         calls.append(1)
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(owner, name, counted)
     return calls
+
+
+def test_checkpointed_layers_run_again_as_they_ran_where_decisions_were_recorded(routed_over, batch):
+    """In ``backward``, when nobody records them any more."""
+    routed, inputs = routed_over("llama", QUICK["token"], ranks=(2, 2, 2)).train(), batch("llama")
+    trained = list(routed.trained_parameters().values())
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            routed.gradient_checkpointing_enable({"use_reentrant": False})
+        with routed.recording() as decisions:
+            loss = routed(**inputs).loss
+        gradients.append(torch.autograd.grad(loss, trained))
+        assert len(decisions) == len(routed.router.layout)
+    torch.testing.assert_close(*gradients)
