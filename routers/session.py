@@ -117,7 +117,9 @@ class RoutingSession:
         self._records: list[Decisions] | None = None
         self._pending: list[Callable[[], Decisions]] = []
         self._keeps_inputs = False
-        self._told = False  # whether anybody saw or changed decisions in the last forward; layers may run again after it
+        self._told = (
+            False  # whether anybody saw or changed decisions in the last forward; layers may run again after it
+        )
         self._hooks: list[RemovableHandle] = []
         self._top: dict[str, torch.Tensor | None] = {}
         self._prompts: dict[str, torch.Tensor] = {}
@@ -301,7 +303,8 @@ class RoutingSession:
                 return None
             given = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
             quick, cache = self._quick(given), kwargs.get("past_key_values")
-            if quick and past_length(cache) == 0 and given.device.type == "cpu" and not torch.is_grad_enabled():
+            on_cpu = given is not None and given.device.type == "cpu"
+            if quick and on_cpu and past_length(cache) == 0 and not torch.is_grad_enabled():
                 make_room(cache)
             call = self._open_body(path, module, args, kwargs)
             self._told = self._records is not None or self._transform is not None

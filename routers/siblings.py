@@ -5,9 +5,9 @@ has a soft gate of its own (`compose.routers.soft`) one decision serves them all
 side in memory, as `compose.bank` puts them, they share the product with ``A``. Which targets are siblings is seen in
 the first forward: they are called one after the other with the same tensor. An only child with a gate is a family too.
 
-Only on a CPU and without autograd. Nothing is copied or kept from forward to forward: gates and factors are read as they
-are. An input that was written to between two calls is another one; in inference mode, where tensors do not know that,
-as far as it was so in the first forward.
+Only on a CPU and without autograd. Nothing is copied or kept from forward to forward: gates and factors are read as
+they are. An input that was written to between two calls is another one; in inference mode, where tensors do not know
+that, as far as it was so in the first forward.
 
 Shape letters: ``B`` rows, ``T`` tokens, ``N`` all tokens, ``S`` siblings, ``D`` width of their input, ``E`` experts,
 ``R`` rank rows of one sibling.
@@ -168,23 +168,20 @@ class Family:
             x: Their input.
             rows: What was decided for all of them; None where each has a gate.
         """
-        if rows is None:
-            soft = self._soft(x.dtype)
-            if soft is None:
-                return None
-        elif not self._alike(x.dtype):
+        soft = None if rows is not None else self._soft(x.dtype)
+        if soft is None and (rows is None or not self._alike(x.dtype)):
             return None
         pending, count = _Pending(x, dict(self._places), self._stacks, self._weights), len(self._stacks)
         a_RD = self._together()
         if a_RD is None:
-            pending.c = [rows.c] * count if rows is not None else self._coefficients(x, soft)
+            pending.c = self._coefficients(x, soft) if soft is not None else [rows.c] * count  # type: ignore[union-attr]
             return pending
         x_ND = x.view(-1, x.shape[-1])
         h_NR = nn.functional.linear(x_ND, a_RD)
-        if rows is None:
+        if soft is not None:
             pending.alpha = self._weigh(h_NR, self._gates(x_ND, soft))
         else:
-            h_NR.view(*x.shape[:-1], count, -1).mul_(rows.c.unsqueeze(2))
+            h_NR.view(*x.shape[:-1], count, -1).mul_(rows.c.unsqueeze(2))  # type: ignore[union-attr]
         pending.a_RD, pending.a_version = a_RD, a_RD._version
         pending.z = h_NR.split_with_sizes([a_RD.shape[0] // count] * count, 1)
         return pending
@@ -192,7 +189,7 @@ class Family:
     def _alike(self, dtype: torch.dtype) -> bool:
         """Whether siblings are alike now, and read inputs of a type as they are."""
         known = self._known
-        return (bool(known) and all([one.holds(dtype) for one in known])) or self._look(dtype)
+        return (bool(known) and all(one.holds(dtype) for one in known)) or self._look(dtype)
 
     def _look(self, dtype: torch.dtype) -> bool:
         """Find the siblings' parts anew; False where they are not alike."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from compose.kernels.gated_lowrank import Others, gated_lowrank
+from compose.kernels.gated_lowrank import Others, SoftGate, gated_lowrank
 from compose.kernels.stack import Spread
 from compose.routers.mixing import ROWS_PER_CHOICE
 from compose.routers.normalisations.softmax import Softmax
@@ -110,15 +110,13 @@ def mix_trained(
         return None
     (weight_ED, bias_E), stack, base, dtype = product, call.stack, call.base, spread.matrix_RE.dtype
     given = (x, weight_ED, stack.a_RD, base)
-    if base is None or any(each.dtype is not dtype for each in given) or x.ndim != 3:  # noqa: PLR2004 - (B, T, D)
+    if base is None or any(each.dtype is not dtype for each in given) or x.ndim != 3:
         return None
     rows, experts = spread.matrix_RE.shape
     if not soft.mixes_all(rows) or weight_ED.shape[0] != experts:
         return None
-    return gated_lowrank(
-        x, weight_ED, bias_E, stack.a_RD, stack.b_RO, spread.matrix_RE, base,
-        temperature=soft.temperature, others=soft.others(), reuse_base=call.owns_base,
-    )  # fmt: skip
+    gate = SoftGate(weight_ED, bias_E, spread.matrix_RE, soft.temperature, soft.others())
+    return gated_lowrank(x, gate, stack.a_RD, stack.b_RO, base, reuse_base=call.owns_base)
 
 
 _MANY = 1024
@@ -131,13 +129,13 @@ def _others(scores: torch.Tensor, k: int) -> torch.Tensor:
         values = scores.topk(k + 1, dim=-1).values
         worst = values.narrow(-1, k - 1, 1)
         if scores.numel() < _MANY:  # a few numbers are compared sooner in Python
-            clear = all([row[k - 1] > row[k] for row in values.tolist()])
+            clear = all(row[k - 1] > row[k] for row in values.tolist())
         else:
             clear = bool((worst > values.narrow(-1, k, 1)).all())
         if clear:  # else topk leaves open which of equal ones it takes
             return scores < worst
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order.narrow(-1, 0, k), True)  # noqa: FBT003
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order.narrow(-1, 0, k), True)
     return chosen.logical_not_()
 
 

@@ -28,8 +28,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Continue every prompt until a stop token or ``max_new_tokens``; greedily, unless the options say otherwise.
 
-    Prompts of a decoder-only model are padded on the left. Rows are independent of each other, up to rounding. It runs in
-    inference mode, unless the options ask for a cache that the model keeps for later calls.
+    Prompts of a decoder-only model are padded on the left. Rows are independent of each other, up to rounding. It all
+    runs in inference mode, unless the options ask for a cache that the model keeps for later calls.
 
     Args:
         model: A Transformers causal or encoder-decoder model.

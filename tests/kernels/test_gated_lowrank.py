@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from compose.kernels.gated_lowrank import gated_lowrank
+from compose.kernels.gated_lowrank import SoftGate, gated_lowrank
 
 NAMES = ("x", "weight", "bias", "a", "b", "base")
 
@@ -15,7 +15,14 @@ NAMES = ("x", "weight", "bias", "a", "b", "base")
 def operands(*, bias: bool = True, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor | None]:
     generator = torch.Generator().manual_seed(1)
     ranks, width, out = (2, 1, 3), 5, 4
-    shapes = {"x": (2, 3, width), "weight": (3, width), "bias": (3,), "a": (6, width), "b": (6, out), "base": (2, 3, out)}
+    shapes = {
+        "x": (2, 3, width),
+        "weight": (3, width),
+        "bias": (3,),
+        "a": (6, width),
+        "b": (6, out),
+        "base": (2, 3, out),
+    }
     made = {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
     owner = torch.tensor([expert for expert, rank in enumerate(ranks) for _ in range(rank)])
     made["spread"] = torch.nn.functional.one_hot(owner, 3).to(dtype) * torch.tensor([0.5, 2.0, 1.5], dtype=dtype)
@@ -27,7 +34,9 @@ def all_but_the_best_two(scores: torch.Tensor) -> torch.Tensor:
 
 
 def mixed(given, **options):
-    return gated_lowrank(*(given[name] for name in ("x", "weight", "bias", "a", "b", "spread", "base")), **options)
+    reuse_base = options.pop("reuse_base", False)
+    gate = SoftGate(given["weight"], given["bias"], given["spread"], **options)
+    return gated_lowrank(given["x"], gate, given["a"], given["b"], given["base"], reuse_base=reuse_base)
 
 
 def formula(given, temperature=1.0, others=None):
