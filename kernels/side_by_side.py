@@ -61,5 +61,4 @@ def adjoining(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
         rows += part.shape[0]
     if place > first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
         return None  # neighbours by chance: memory of another tensor
-    with torch.inference_mode(False):
-        return first.detach().as_strided((rows, width), (width, 1))
+    return first.detach().as_strided((rows, width), (width, 1))

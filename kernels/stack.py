@@ -94,7 +94,8 @@ class LoraStack:
             )
         object.__setattr__(self, "offsets", (0, *accumulate(self.ranks)))
         if self.index is None:
-            object.__setattr__(self, "index", _row_index(self.ranks, self.a_RD.device))
+            with torch.inference_mode(False):  # it stays with the model
+                object.__setattr__(self, "index", _row_index(self.ranks, self.a_RD.device))
 
     @property
     def num_adapters(self) -> int:

@@ -1,7 +1,8 @@
-"""Whether a call of a module is only its forward, so that a fast path may compute that without the call."""
+"""What a fast path has to know of the steps it stands for: whether anybody sees them, and whether they run again."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.modules import module as every_module
 from torch.utils.hooks import RemovableHandle
@@ -20,6 +21,16 @@ def watched(module: nn.Module) -> bool:
         or every_module._global_backward_hooks
         or every_module._global_backward_pre_hooks
     )
+
+
+def runs_again() -> bool:
+    """Whether what autograd saves now is dropped and computed again in ``backward``, not reentrant.
+
+    Then the steps must be the same, whoever watches them the second time. Where torch does not tell, it is so.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if top is None else top(False)
+    return top is None or (hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint")
 
 
 class Unwatched:

@@ -23,7 +23,10 @@ def past_length(cache: Any) -> int:
 
 
 def make_room(cache: Any) -> None:
-    """Have tokens written into an empty dynamic cache one by one, instead of copying all for each: `GrowingLayer`."""
+    """Have tokens written into a cache instead of copying all for each new one: see `GrowingLayer`.
+
+    Layers of a dynamic cache that hold nothing yet are replaced; others, and caches without layers, stay as they are.
+    """
     from transformers import DynamicCache, EncoderDecoderCache
     from transformers.cache_utils import DynamicLayer
 

@@ -14,8 +14,9 @@ from transformers.cache_utils import DynamicLayer
 class GrowingLayer(DynamicLayer):
     """Transformers' `DynamicLayer` for states without gradients; the same in all that is done to a cache.
 
-    ``keys`` and ``values`` are the used part of longer tensors. Where they were replaced since (beams, rows that are
-    repeated), cropped, or continued by a copy of the layer, the next token makes new room.
+    ``keys`` and ``values`` are the used part of longer tensors: not contiguous, and saved one by one with all of their
+    memory. Where they were replaced since (beams, rows that are repeated), cropped, or continued by a copy of the
+    layer, the next token makes new room.
     """
 
     _rooms: tuple[_Room, _Room] | None = None
@@ -24,13 +25,13 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append states ``(B, H, T, D)``; return all ``(B, H, S + T, D)``."""
-        if torch.is_grad_enabled():
-            self._rooms = None
-            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None  # noqa: S101 - initialised
         assert self.values is not None  # noqa: S101 - initialised
+        if torch.is_grad_enabled() or _unlike(self.keys, key_states) or _unlike(self.values, value_states):
+            self._rooms = None
+            return super().update(key_states, value_states, *args, **kwargs)
         rooms = self._rooms or (None, None)
         self._rooms = (
             _room_behind(self.keys, rooms[0], key_states),
@@ -73,11 +74,16 @@ class _Room:
             return False
         if new.shape[:-2] != self._lead or new.dtype is not whole.dtype:
             return False
+        if kept.data_ptr() != whole.data_ptr():
+            return False
         if kept is self._used:
             return True
-        if kept.data_ptr() != whole.data_ptr() or kept.stride() != whole.stride():
-            return False
-        return kept.shape[-2] == self.written and kept.shape[:-2] == self._lead
+        return kept.stride() == whole.stride() and kept.shape[-2] == self.written and kept.shape[:-2] == self._lead
+
+
+def _unlike(kept: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether states cannot be continued, or not in their type."""
+    return kept.numel() > 0 and (kept.dtype is not new.dtype or kept.shape[:-2] != new.shape[:-2])
 
 
 def _room_behind(kept: torch.Tensor, room: _Room | None, new: torch.Tensor) -> _Room:

@@ -136,6 +136,8 @@ class RoutedModel(nn.Module):
         context = replace(self._session.context, **said)
         if not self.config.is_encoder_decoder:  # without a cache, steps compute the prompt again with what follows
             context = replace(context, prompt_mask=_prompt_columns(inputs))
+        if self._session.recording_now:  # decisions may be used in a loss later
+            options = {"inference_mode": False, **options}
         with self._session.told(context), self.attached.using(self._session):
             return self.attached.generate(inputs, **options)
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compose.errors import IncompatibleError
 from compose.kernels.stack import LoraStack
-from compose.kernels.watched import Unwatched
+from compose.kernels.watched import Unwatched, runs_again
 from compose.routers.base_prompt import BasePrompt
 from compose.routers.bodies import Body, first_block, is_decoder_of_two, pooled
 from compose.routers.context import RoutingContext, padding_of, repeat_rows
@@ -117,9 +117,6 @@ class RoutingSession:
         self._records: list[Decisions] | None = None
         self._pending: list[Callable[[], Decisions]] = []
         self._keeps_inputs = False
-        self._told = (
-            False  # whether anybody saw or changed decisions in the last forward; layers may run again after it
-        )
         self._hooks: list[RemovableHandle] = []
         self._top: dict[str, torch.Tensor | None] = {}
         self._prompts: dict[str, torch.Tensor] = {}
@@ -130,7 +127,7 @@ class RoutingSession:
         self._reads_tokens = router.spec.scope == "token" and router.spec.gate_input not in PER_ROW
         self._families = Families(
             self._lanes, self._gates, attached.layers, self._decided, mixer, attached.backend,
-            reads_tokens=self._reads_tokens,
+            unwatched=self._unwatched, reads_tokens=self._reads_tokens,
         )  # fmt: skip
 
     @property
@@ -142,6 +139,11 @@ class RoutingSession:
     def transform(self, transform: Callable[[str, Routing], Routing] | None) -> None:
         self._families.forget()
         self._transform = transform
+
+    @property
+    def recording_now(self) -> bool:
+        """Whether decisions are being collected."""
+        return self._records is not None
 
     def check(self, targets: list[str], num_adapters: int) -> None:
         """Raise unless the router was built for this bank."""
@@ -156,7 +158,7 @@ class RoutingSession:
 
     def apply(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """Return the base output plus the mixture's contribution for one target."""
-        if (mixed := self._families.take(x, call)) is not None:
+        if not torch.compiler.is_compiling() and (mixed := self._families.take(x, call)) is not None:
             return mixed
         lane = self._lanes.get(call.target)
         if lane is None:
@@ -185,8 +187,11 @@ class RoutingSession:
         return self.mixer(x, call, routing)
 
     def _trained(self, lane: Lane, x: torch.Tensor, call: Call) -> torch.Tensor | None:
-        """Mix and decide in one function, where the target's gate is its own; None where that is not possible."""
-        if self._told or lane.of_encoder or not (self._reads_tokens and lane.alone and lane.decides):
+        """Mix and decide in one function, where the target's gate is its own; None where that is not possible.
+
+        Nor where layers run again in ``backward``: the first time decisions may be recorded, the second time not.
+        """
+        if runs_again() or lane.of_encoder or not (self._reads_tokens and lane.alone and lane.decides):
             return None
         gate = self._gates[lane.site.name]
         return mix_trained(gate.soft, gate.product(), self.mixer.spread_of(call.stack, call.backend), x, call)
@@ -307,8 +312,8 @@ class RoutingSession:
             if quick and on_cpu and past_length(cache) == 0 and not torch.is_grad_enabled():
                 make_room(cache)
             call = self._open_body(path, module, args, kwargs)
-            self._told = self._records is not None or self._transform is not None
-            self._families.begin(quick=quick and not self._told)
+            told = self._records is not None or self._transform is not None
+            self._families.begin(quick=quick and not told)
             return call
 
         return hook

@@ -6,8 +6,8 @@ side in memory, as `compose.bank` puts them, they share the product with ``A``. 
 the first forward: they are called one after the other with the same tensor. An only child with a gate is a family too.
 
 Only on a CPU and without autograd. Nothing is copied or kept from forward to forward: gates and factors are read as
-they are. An input that was written to between two calls is another one; in inference mode, where tensors do not know
-that, as far as it was so in the first forward.
+they are. An input that was written to between two calls is another one. In inference mode tensors do not know that:
+there siblings share what stayed as it was in the first forward, inside of a model's forward, if no layer has hooks.
 
 Shape letters: ``B`` rows, ``T`` tokens, ``N`` all tokens, ``S`` siblings, ``D`` width of their input, ``E`` experts,
 ``R`` rank rows of one sibling.
@@ -16,7 +16,7 @@ Shape letters: ``B`` rows, ``T`` tokens, ``N`` all tokens, ``S`` siblings, ``D``
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch import nn
 from compose.kernels.lowrank import add_lowrank_
 from compose.kernels.side_by_side import adjoining
 from compose.kernels.stack import LoraStack, Spread
+from compose.kernels.watched import Unwatched
 from compose.routers.gates.linear import LinearScores
 from compose.routers.lanes import Lane
 from compose.routers.mixing import Mixer, Rows
@@ -67,9 +68,7 @@ class _Pending:
         place, base = self.of.get(call.target), call.base
         if place is None or x is not self.x or _version(x) != self.version or call.stack is not self.stacks[place]:
             return None
-        if not call.owns_base or torch.is_grad_enabled() or base.dtype is not x.dtype:
-            return None
-        if not base.is_contiguous() or not _writable(base):
+        if not call.owns_base or torch.is_grad_enabled() or base.dtype is not x.dtype or not base.is_contiguous():
             return None
         if self.weights and self.weights[place]._version != self.weight_versions[place]:
             return None
@@ -93,7 +92,7 @@ class _Known(NamedTuple):
         stack: The factors.
         scaling_E: The stack's.
         version: Of ``scaling_E``.
-        modules: The site's modules; these four are None where the site was decided before.
+        modules: The site's modules; this and what follows is None where the site was decided before.
         gate: The site's gate.
         parameters: The gate's.
         weight_ED: One of them.
@@ -268,6 +267,8 @@ class _State(threading.local):
     """What one thread has open."""
 
     quick = False
+    unversioned = False
+    """Whether siblings may share inputs that do not know how often they were written to."""
     pending: _Pending | None = None
     last: torch.Tensor | None = None
     state: Any = None
@@ -286,6 +287,7 @@ class Families:
         decided: Site -> what has rows, where it was decided; read when a leader is called.
         mixer: How gates meet experts.
         backend: Of the layers.
+        unwatched: Whether nobody watches the gates.
         reads_tokens: Whether gates read the tokens of layers, one by one.
     """
 
@@ -298,17 +300,22 @@ class Families:
         mixer: Mixer,
         backend: str,
         *,
+        unwatched: Callable[[], bool],
         reads_tokens: bool,
     ) -> None:
         self._lanes, self._gates, self._layers, self._mixer, self._backend = lanes, gates, layers, mixer, backend
-        self._decided, self._reads_tokens = decided, reads_tokens
+        self._decided, self._unwatched, self._reads_tokens = decided, unwatched, reads_tokens
+        self._unwatched_layers = Unwatched(nn.ModuleList(layers.values()))
         self._of: dict[str, Family | None] = {}
         self._here = _State()
 
     def begin(self, *, quick: bool) -> None:
         """A forward of a body begins; ``quick``: nothing in it is traced, cast or watched."""
         self.forget()
-        self._here.quick = quick
+        here = self._here
+        here.quick = quick
+        # hooks on layers may write to an input, of which it knows nothing in inference mode
+        here.unversioned = quick and torch.is_inference_mode_enabled() and self._unwatched_layers()
 
     def take(self, x: torch.Tensor, call: Any) -> torch.Tensor | None:
         """The mixture of a target whose leader was called with this input, or in a quick forward of a leader.
@@ -317,9 +324,11 @@ class Families:
         """
         here = self._here
         pending = here.pending
-        if pending is not None and (mixed := pending.take(x, call)) is not None:
-            return mixed
-        family = self._of.get(call.target) if here.quick else None
+        if pending is not None and (here.unversioned or not x.is_inference()):
+            mixed = pending.take(x, call)
+            if mixed is not None:
+                return mixed
+        family = self._of.get(call.target) if here.quick and self._unwatched() else None
         if family is None or family.targets[0] != call.target:
             return None
         if family.sites is not None:
@@ -359,7 +368,8 @@ class Families:
     def forget(self) -> None:
         """Let go of inputs: at the end of a forward, or where decisions are to be seen or changed."""
         self._close()
-        self._here.pending, self._here.quick = None, False
+        here = self._here
+        here.pending, here.quick, here.unversioned = None, False, False
 
     def clear(self) -> None:
         """Forget the families too."""
@@ -416,12 +426,7 @@ def _plain(x: torch.Tensor, call: Any) -> bool:
     base = call.base
     if torch.is_grad_enabled() or not call.owns_base or x.ndim != 3 or base.dtype is not x.dtype:
         return False
-    return base.is_contiguous() and x.is_contiguous() and _writable(base)
-
-
-def _writable(base: torch.Tensor) -> bool:
-    """Whether it may be written to here: outside of inference mode not what was made in it."""
-    return not base.is_inference() or torch.is_inference_mode_enabled()
+    return base.is_contiguous() and x.is_contiguous()
 
 
 def _version(x: torch.Tensor) -> int:

@@ -166,6 +166,7 @@ class AttachedModel:
             stop_ids: Token ids that end a row and are never part of the result; ``None``: the model's own.
             combine: How the adapters of a weighted set are combined (see ``Coefficients``).
             options: Further options of the model's ``generate``: ``do_sample``, ``num_beams`` ... Greedy without any.
+                ``inference_mode=False`` where hooks keep tensors that are written to or differentiated later.
 
         Returns:
             ``B`` rows of new token ids; with ``num_return_sequences`` that many per row, next to each other.

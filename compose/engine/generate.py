@@ -23,19 +23,34 @@ _OWN_OPTIONS = {
 }
 
 
+_SEEN = (
+    "assistant_model", "cache_implementation", "custom_generate", "generation_config", "logits_processor",
+    "past_key_values", "prefix_allowed_tokens_fn", "streamer",
+)  # fmt: skip
+"""Options by which tensors come to others, who may want to write to them, or gradients through them."""
+
+
 def generate_tokens(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int], **options: Any
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    inference_mode: bool = True,
+    **options: Any,
 ) -> list[list[int]]:
     """Continue every prompt until a stop token or ``max_new_tokens``; greedily, unless the options say otherwise.
 
-    Prompts of a decoder-only model are padded on the left. Rows are independent of each other, up to rounding. It all
-    runs in inference mode, unless the options ask for a cache that the model keeps for later calls.
+    Prompts of a decoder-only model are padded on the left. Rows are independent of each other, up to rounding.
 
     Args:
         model: A Transformers causal or encoder-decoder model.
         prompts: ``B`` rows of token ids.
         max_new_tokens: Upper limit of new tokens per row.
         stop_ids: Token ids that end a row; never part of the result.
+        inference_mode: Whether the model runs in torch's inference mode, a twentieth faster on a CPU. False where
+            hooks keep tensors that are written to or differentiated later. It does not, either, where an option hands
+            its tensors to others: a cache, processors of logits, a generation config.
         options: Further options of ``model.generate``: ``do_sample``, ``temperature``, ``num_beams`` ...
 
     Returns:
@@ -50,7 +65,8 @@ def generate_tokens(
     encoder_decoder = model.config.is_encoder_decoder
     fill = pad_id(model, stop_ids)
     ids, mask = padded(prompts, fill, left=not encoder_decoder, device=model.device)
-    with torch.no_grad() if _keeps_cache(model, options) else torch.inference_mode():
+    alone = inference_mode and not any(options.get(name) is not None for name in _SEEN)
+    with torch.inference_mode() if alone else torch.no_grad():
         generated = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -60,12 +76,6 @@ def generate_tokens(
         )
     start = 1 if encoder_decoder else ids.shape[1]
     return [_until_stop(row, set(stop_ids)) for row in generated[:, start:].tolist()]
-
-
-def _keeps_cache(model: Any, options: Mapping[str, Any]) -> bool:
-    """Whether the model keeps its cache for later calls, which may be made outside of inference mode."""
-    kind = options.get("cache_implementation", getattr(model.generation_config, "cache_implementation", None))
-    return kind is not None or options.get("generation_config") is not None
 
 
 def padded(

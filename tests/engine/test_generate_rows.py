@@ -183,6 +183,8 @@ def test_a_model_that_does_not_generate_and_a_detached_handle_are_refused(tiny_m
 
 
 def test_it_runs_in_inference_mode_and_leaves_nothing_of_it_in_the_model(llama) -> None:
+    llama.model.double()
+    llama.model.float()  # so that stacks are made anew, in the first call
     modes = []
     hook = llama.model.model.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
     llama.generate(PROMPTS, ADAPTERS, max_new_tokens=3)
@@ -190,16 +192,20 @@ def test_it_runs_in_inference_mode_and_leaves_nothing_of_it_in_the_model(llama) 
     assert modes
     assert all(modes)
     kept = [*llama.model.parameters(), *llama.model.buffers()]
+    kept += [tensor for layer in llama.layers.values() for tensor in layer.stack.index]
     assert not any(tensor.is_inference() for tensor in kept)
 
 
-def test_a_cache_that_the_model_keeps_is_made_outside_of_inference_mode(llama) -> None:
-    """It is written to again by later calls, which need not be ours."""
-    found = llama.generate([[5, 9, 11]], max_new_tokens=4, cache_implementation="static", stop_ids=[])
+def test_it_does_not_where_others_get_the_tensors(llama) -> None:
+    """They may write to them later, or differentiate what they make of them."""
+    from transformers import DynamicCache
+
+    cache, modes = DynamicCache(config=llama.model.config), []
+    hook = llama.model.model.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    found = llama.generate([[5, 9, 11]], max_new_tokens=4, stop_ids=[], past_key_values=cache)
+    llama.generate([[5, 9, 11]], max_new_tokens=4, stop_ids=[], logits_processor=[lambda ids, scores: scores])
+    llama.generate([[5, 9, 11]], max_new_tokens=4, stop_ids=[], inference_mode=False)
+    hook.remove()
+    assert not any(modes)
+    cache.layers[0].keys.mul_(1)
     assert found == llama.generate([[5, 9, 11]], max_new_tokens=4, stop_ids=[])
-    ids = torch.tensor([[5, 9, 11]])
-    theirs = llama.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False,
-        cache_implementation="static",
-    )  # fmt: skip
-    assert theirs[0, 3:].tolist() == found[0]

@@ -117,3 +117,11 @@ def test_gates_are_not_rounded_by_autocast(make_stack):
     want = stack.row_coefficients(gates)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(stack.row_coefficients(gates), want, rtol=0, atol=0)
+
+
+def test_an_index_made_in_inference_mode_serves_training_too():
+    with torch.inference_mode():
+        a, b = torch.zeros(3, 4).clone(), torch.zeros(3, 4).clone()
+    with torch.inference_mode():
+        stack = LoraStack(a, b, torch.ones(2), (2, 1))
+    assert not any(tensor.is_inference() for tensor in stack.index)

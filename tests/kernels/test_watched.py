@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
-from compose.kernels.watched import Unwatched, watched
+from compose.kernels.watched import Unwatched, runs_again, watched
 
 
 def _nothing(*_: object) -> None:
@@ -52,3 +53,20 @@ def test_hooks_elsewhere_cost_a_look_and_change_nothing():
     nn.Linear(2, 2).register_forward_hook(_nothing)
     torch.zeros(1, requires_grad=True).register_hook(lambda gradient: gradient)
     assert unwatched()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_steps_that_run_again_are_told_both_times(reentrant):
+    """Reentrant ones run without gradients first: nothing is saved that must be the same."""
+    found = []
+
+    def step(x):
+        found.append(runs_again())
+        return x * x
+
+    x = torch.ones(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(step, x, use_reentrant=reentrant).sum().backward()
+    assert found == [not reentrant] * 2
+    assert not runs_again()
+    with torch.autograd.graph.save_on_cpu():
+        assert not runs_again()

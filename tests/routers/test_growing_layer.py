@@ -94,3 +94,24 @@ def test_modes_may_change_between_tokens():
         with mode():
             got, want = (layer.update(*states(2, 2, number)) for layer in (mine, theirs))
             torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_other_rows_and_other_types_are_refused_or_promoted_as_by_a_dynamic_layer():
+    mine, theirs = GrowingLayer(), DynamicLayer()
+    for layer in (mine, theirs):
+        layer.update(*states(1, 5, 0))
+        with pytest.raises(RuntimeError, match="must match"):
+            layer.update(*states(2, 1, 1))
+    got, want = (layer.update(*(each.double() for each in states(1, 1, 2))) for layer in (mine, theirs))
+    torch.testing.assert_close(got, want)
+
+
+@torch.no_grad()
+def test_memory_that_was_put_in_place_of_its_own_counts():
+    layer = GrowingLayer()
+    layer.update(*states(2, 5, 0))
+    layer.update(*states(2, 1, 1))
+    layer.keys.data = torch.zeros_like(layer.keys)
+    keys, _ = layer.update(*states(2, 1, 2))
+    assert not keys[:, :, :6].any()

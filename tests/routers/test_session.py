@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -201,3 +202,32 @@ def test_checkpointed_layers_run_again_as_they_ran_where_decisions_were_recorded
         gradients.append(torch.autograd.grad(loss, trained))
         assert len(decisions) == len(routed.router.layout)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("between", ["generate", "forward", "recorded forward"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_other_forwards_between_a_checkpointed_one_and_its_backward_change_nothing(
+    recorded, between, routed_over, batch
+):
+    routed, inputs = routed_over("llama", QUICK["token"], ranks=(2, 2, 2)).train(), batch("llama")
+    trained = list(routed.trained_parameters().values())
+    want = torch.autograd.grad(routed(**inputs).loss, trained)
+    routed.gradient_checkpointing_enable({"use_reentrant": False})
+    with routed.recording() if recorded else nullcontext():
+        loss = routed(**inputs).loss
+    if between == "generate":
+        routed.generate([[5, 6, 7]], max_new_tokens=2)
+    else:
+        with torch.no_grad(), routed.recording() if between == "recorded forward" else nullcontext():
+            routed(**inputs)
+    for found, gradient in zip(torch.autograd.grad(loss, trained), want, strict=True):
+        assert distance(found, gradient) < 1e-4
+
+
+def test_decisions_of_a_generation_may_be_used_in_a_loss(routed_over):
+    routed = routed_over("llama", QUICK["token"], ranks=(2, 2, 2))
+    with routed.recording() as decisions:
+        routed.generate([[5, 6, 7]], max_new_tokens=2)
+    scale = torch.ones(3, requires_grad=True)
+    (decisions[0].gates_NE * scale).pow(2).sum().backward()
+    assert scale.grad.abs().min() > 0

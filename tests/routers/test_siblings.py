@@ -35,6 +35,18 @@ MODES = {"no gradients": torch.no_grad, "inference": torch.inference_mode}
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}  # float32 sums in another order, through all layers
 
 
+def count_calls(monkeypatch, owner, name) -> list[int]:
+    calls: list[int] = []
+    original = getattr(owner, name)
+
+    def counted(*args):
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
 @pytest.fixture
 def taken(monkeypatch) -> list[str]:
     """Return the targets that were mixed together with others, call by call."""
@@ -240,6 +252,62 @@ def test_a_model_that_changes_the_input_between_two_calls_has_no_siblings_there(
     with mode():
         for _ in range(3):
             torch.testing.assert_close(routed(**inputs).logits, want, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_hook_that_comes_later_and_changes_the_input_is_seen(mode, routed_over, batch, monkeypatch, taken):
+    routed, inputs = routed_over("llama", KINDS["all"]), batch("llama")
+    with mode():
+        for _ in range(2):
+            routed(**inputs)
+    assert taken
+
+    def change(_, args):
+        args[0].mul_(-0.5)
+
+    hook = routed.model.model.layers[0].self_attn.k_proj.register_forward_pre_hook(change)
+    want = one_by_one(routed, inputs, monkeypatch)
+    with mode():
+        torch.testing.assert_close(routed(**inputs).logits, want, **CLOSE)
+        hook.remove()
+        taken.clear()
+        routed(**inputs)
+    assert taken
+
+
+def test_inputs_without_versions_are_shared_in_forwards_of_the_model_alone(routed_over, batch):
+    routed, inputs = routed_over("llama", KINDS["all"]), batch("llama")
+    q, k = (routed.attached.layers[f"model.layers.0.self_attn.{kind}"] for kind in ("q_proj", "k_proj"))
+    with torch.inference_mode():
+        for _ in range(2):
+            routed(**inputs)
+        x = torch.randn(2, 3, q.in_features)
+        want = k(2 * x)
+        q(x)
+        x.mul_(2)
+        torch.testing.assert_close(k(x), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["all", "first pass"])
+def test_known_targets_are_mixed_without_asking_again_what_a_forward_found(which, routed_over, batch, monkeypatch):
+    routed, inputs = routed_over("llama", KINDS[which]), batch("llama")
+    for _ in range(2):
+        routed(**inputs)
+    calls = count_calls(monkeypatch, routed.session, "_quick")
+    routed(**inputs)
+    assert 0 < len(calls) < 5
+    gate = next(iter(routed.router.gates.values())).gate
+    seen = []
+    block = routed.model.model.layers[0]
+    hooks = []
+    late = block.register_forward_pre_hook(
+        lambda *_: hooks.append(gate.register_forward_hook(lambda *_: seen.append(1)))
+    )
+    routed(**inputs)  # a hook that comes in the middle of a forward
+    assert seen or which == "first pass"  # whose gate has spoken by then
+    for hook in (late, *hooks):
+        hook.remove()
 
 
 @torch.no_grad()
