@@ -8,7 +8,9 @@ Shape letters: ``B`` rows, ``T`` tokens, ``D`` width of the gate's input, ``E`` 
 
 from __future__ import annotations
 
+from array import array
 from functools import partial
+from math import exp
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +57,10 @@ class SoftGates(NamedTuple):
         k = self.k
         if k is None:
             return torch.softmax(scores, dim=-1)
+        if scores.numel() <= _FEW and scores.dtype is torch.float32:
+            gates = _gates_of_few(scores, k, to_one=self.to_one)
+            if gates is not None:
+                return gates
         others = _others(scores, k)
         if self.to_one:
             return torch.softmax(scores.masked_fill_(others, float("-inf")), dim=-1)
@@ -121,6 +127,25 @@ def mix_trained(
 
 _MANY = 1024
 """From so many scores on, with experts enough to be more than twice `k`, a CPU finds the best sooner than it sorts."""
+
+
+_FEW = 128
+"""Up to so many scores are ranked sooner in Python: between a model's products no operator's code is in the cache."""
+
+
+def _gates_of_few(scores: torch.Tensor, k: int, *, to_one: bool) -> torch.Tensor | None:
+    """`SoftGates.dense`; None where some of the best are equal, or one is no number."""
+    flat, start = [0.0] * scores.numel(), 0
+    for row in scores.tolist():
+        ranked, whole = sorted(row, reverse=True), sum(row)
+        if len(set(ranked[: k + 1])) <= k or whole - whole != 0.0:
+            return None
+        parts = [exp(score - ranked[0]) for score in ranked[:k]]
+        total = sum(parts) if to_one else sum([exp(score - ranked[0]) for score in row])
+        for score, part in zip(ranked, parts, strict=False):
+            flat[start + row.index(score)] = part / total
+        start += len(row)
+    return torch.frombuffer(array("f", flat), dtype=torch.float32).view(scores.shape)
 
 
 def _others(scores: torch.Tensor, k: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from compose.routers.normalisations.sigmoid import Sigmoid
 from compose.routers.normalisations.softmax import Softmax
 from compose.routers.router import SiteRouter
 from compose.routers.selectors.top_k import TopK, best
-from compose.routers.soft import _best
+from compose.routers.soft import _FEW, SoftGates, _best
 from compose.routers.spec import MixtureSpec
 
 SOFT = {
@@ -94,3 +94,33 @@ def test_many_scores_are_ranked_as_few(k, levels):
     order[0, 0] = float("-inf")
     want = torch.stack([best(row, k) for row in order.flatten(0, 1)]).view(7, 40, k)
     torch.testing.assert_close(_best(order, k), want)
+
+
+@pytest.mark.parametrize("rows", [4, 16, 17, 600], ids=str)  # 16 rows of 8 are a few, 600 are many
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+@pytest.mark.parametrize("levels", [None, 4, 1], ids=["all different", "ties", "all equal"])
+def test_dense_gates_are_those_of_the_chosen(levels, k, to_one, rows):
+    scores = torch.randn(rows, 8, generator=torch.Generator().manual_seed(k)) * 3
+    if levels is not None:
+        scores = scores.clamp(-2, 2).mul(levels / 4).round()
+    scores[0, 0] = float("-inf")
+    soft = SoftGates(0.7, TopK(k=k), to_one)
+    chosen = soft.decide(torch.eye(8), None, scores.clamp_min(-1e30))
+    want = torch.zeros(rows, 8).scatter_(-1, chosen.expert_ids, chosen.gates)
+    torch.testing.assert_close(soft.dense(scores.clone()), want)
+
+
+def test_a_few_scores_are_ranked_in_python_and_those_that_are_no_numbers_are_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr("compose.routers.soft._others", lambda scores, k: asked.append(1) or scores < 0)
+    soft = SoftGates(1.0, TopK(k=2), to_one=True)
+    soft.dense(torch.randn(_FEW // 8, 8))
+    assert not asked
+    soft.dense(torch.randn(_FEW // 8 + 1, 8))
+    assert len(asked) == 1
+    for odd in (float("nan"), float("inf")):
+        scores = torch.randn(2, 8)
+        scores[1, 3] = odd
+        soft.dense(scores)
+    assert len(asked) == 3
