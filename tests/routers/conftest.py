@@ -130,3 +130,21 @@ def shape():
 def seen():
     """Return a factory: ``seen(*lead, training=...)`` with inputs ``(*lead, 6)``."""
     return sight
+
+
+@pytest.fixture
+def count_calls(monkeypatch):
+    """Return a function that has the calls of an attribute counted: ``calls = count_calls(owner, name)``."""
+
+    def count(owner, name: str) -> list[int]:
+        calls: list[int] = []
+        original = getattr(owner, name)
+
+        def counted(*args, **options):
+            calls.append(1)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+        return calls
+
+    return count

@@ -107,11 +107,11 @@ QUICK = {
 @pytest.mark.parametrize("spec", QUICK.values(), ids=QUICK)
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_the_fast_path_gives_the_loss_and_the_gradients_of_the_steps(
-    name, spec, ranks, routed_over, batch, monkeypatch
+    name, spec, ranks, routed_over, batch, monkeypatch, count_calls
 ):
     """As near to what float64 gives as the steps are: in float32 their sums differ in their last digits."""
     routed, inputs = routed_over(name, spec, ranks=ranks, skip="layers.1"), batch(name)
-    added, gated = count_calls(monkeypatch, Rows, "add"), count_calls(monkeypatch, soft, "gated_lowrank")
+    added, gated = count_calls(Rows, "add"), count_calls(soft, "gated_lowrank")
     found = []
     for quick in (True, False, False):
         output = routed(**inputs)
@@ -175,18 +175,6 @@ def test_an_ablation_changes_what_is_spread(routed_over, batch):
 
 def distance(found: torch.Tensor, want: torch.Tensor) -> float:
     return float((found.double() - want.double()).norm() / want.double().norm())
-
-
-def count_calls(monkeypatch, owner, name) -> list[int]:
-    calls: list[int] = []
-    original = getattr(owner, name)
-
-    def counted(*args, **options):
-        calls.append(1)
-        return original(*args, **options)
-
-    monkeypatch.setattr(owner, name, counted)
-    return calls
 
 
 def test_checkpointed_layers_run_again_as_they_ran_where_decisions_were_recorded(routed_over, batch):

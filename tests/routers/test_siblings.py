@@ -35,18 +35,6 @@ MODES = {"no gradients": torch.no_grad, "inference": torch.inference_mode}
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}  # float32 sums in another order, through all layers
 
 
-def count_calls(monkeypatch, owner, name) -> list[int]:
-    calls: list[int] = []
-    original = getattr(owner, name)
-
-    def counted(*args):
-        calls.append(1)
-        return original(*args)
-
-    monkeypatch.setattr(owner, name, counted)
-    return calls
-
-
 @pytest.fixture
 def taken(monkeypatch) -> list[str]:
     """Return the targets that were mixed together with others, call by call."""
@@ -290,11 +278,11 @@ def test_inputs_without_versions_are_shared_in_forwards_of_the_model_alone(route
 
 @torch.no_grad()
 @pytest.mark.parametrize("which", ["all", "first pass"])
-def test_known_targets_are_mixed_without_asking_again_what_a_forward_found(which, routed_over, batch, monkeypatch):
+def test_known_targets_are_mixed_without_asking_again_what_a_forward_found(which, routed_over, batch, count_calls):
     routed, inputs = routed_over("llama", KINDS[which]), batch("llama")
     for _ in range(2):
         routed(**inputs)
-    calls = count_calls(monkeypatch, routed.session, "_quick")
+    calls = count_calls(routed.session, "_quick")
     routed(**inputs)
     assert 0 < len(calls) < 5
     gate = next(iter(routed.router.gates.values())).gate
