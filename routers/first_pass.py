@@ -22,24 +22,6 @@ def past_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def make_room(cache: Any) -> None:
-    """Have tokens written into a cache instead of copying all for each new one: see `GrowingLayer`.
-
-    Layers of a dynamic cache that hold nothing yet are replaced; others, and caches without layers, stay as they are.
-    """
-    from transformers import DynamicCache, EncoderDecoderCache
-    from transformers.cache_utils import DynamicLayer
-
-    from compose.routers.growing_layer import GrowingLayer
-
-    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if isinstance(own, DynamicCache) and not own.offloading:
-        own.layers[:] = [
-            GrowingLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer
-            for layer in own.layers
-        ]
-
-
 def base_pass(
     attached: Any, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, cached: bool = True
 ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -139,7 +121,7 @@ def _layer_like(cache: Any, body: Any, *, grows: bool) -> Any:
     """A new layer of the kind that stands at the same place of the model's own."""
     from transformers.cache_utils import DynamicLayer
 
-    from compose.routers.growing_layer import GrowingLayer
+    from compose.kernels.growing_layer import GrowingLayer
 
     own = cache.layers[len(cache.layers) - _depth(body)] if len(cache.layers) >= _depth(body) else None
     if own is None or type(own) in (DynamicLayer, GrowingLayer):

@@ -26,7 +26,7 @@ from compose.routers.bodies import Body, first_block, is_decoder_of_two, pooled
 from compose.routers.context import RoutingContext, padding_of, repeat_rows
 from compose.routers.decisions import decisions_of
 from compose.routers.ffn import place_ffn_experts
-from compose.routers.first_pass import base_pass, make_room, past_length
+from compose.routers.first_pass import base_pass, past_length
 from compose.routers.lanes import Lane, lane_of
 from compose.routers.mixing import Mixer, Rows
 from compose.routers.router import Router
@@ -307,13 +307,9 @@ class RoutingSession:
             if not self._in_force():
                 return None
             given = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
-            quick, cache = self._quick(given), kwargs.get("past_key_values")
-            on_cpu = given is not None and given.device.type == "cpu"
-            if quick and on_cpu and past_length(cache) == 0 and not torch.is_grad_enabled():
-                make_room(cache)
             call = self._open_body(path, module, args, kwargs)
             told = self._records is not None or self._transform is not None
-            self._families.begin(quick=quick and not told)
+            self._families.begin(quick=self._quick(given) and not told)
             return call
 
         return hook

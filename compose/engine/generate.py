@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,17 +66,41 @@ def generate_tokens(
     encoder_decoder = model.config.is_encoder_decoder
     fill = pad_id(model, stop_ids)
     ids, mask = padded(prompts, fill, left=not encoder_decoder, device=model.device)
+    after_end = fill if stop_ids else fill or 1  # beams take 0 for none and ask for a stop token; unused without these
     alone = inference_mode and not any(options.get(name) is not None for name in _SEEN)
-    with torch.inference_mode() if alone else torch.no_grad():
+    with torch.inference_mode() if alone else torch.no_grad(), _room_in_caches(model, options):
         generated = model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             eos_token_id=list(stop_ids),
-            **{"do_sample": False, "num_beams": 1, "pad_token_id": fill, **options},
+            **{"do_sample": False, "num_beams": 1, "pad_token_id": after_end, **options},
         )
     start = 1 if encoder_decoder else ids.shape[1]
     return [_until_stop(row, set(stop_ids)) for row in generated[:, start:].tolist()]
+
+
+@contextmanager
+def _room_in_caches(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """Have the cache of a call take new tokens without copying the others: on a CPU, where nobody else holds it.
+
+    With beams all states are copied for every token anyway. A compiled call would be compiled again for the hook.
+    """
+    given = options.get("past_key_values") is not None or options.get("num_beams", 1) != 1
+    if given or model.device.type != "cpu" or getattr(model, "_compiled_call_impl", None) is not None:
+        yield
+        return
+    from compose.kernels.growing_layer import make_room
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        if kwargs:  # None where another thread took the hook off between finding and calling it
+            make_room(kwargs.get("past_key_values"))
+
+    hook = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def padded(

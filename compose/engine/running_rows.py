@@ -137,11 +137,16 @@ def start_rows(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tens
     """Run ``B`` prompts in one call: scores of the first new token ``(B, V)``, and the rows to go on with."""
     from transformers import DynamicCache, EncoderDecoderCache
 
+    from compose.kernels.growing_layer import make_room
+
     encoder_decoder = model.config.is_encoder_decoder
     ids, mask = padded(prompts, pad_id(model, ()), left=not encoder_decoder, device=model.device)
     cache: Any = DynamicCache()
     if encoder_decoder:
         cache = EncoderDecoderCache(cache, DynamicCache())
+    if ids.device.type == "cpu":
+        make_room(cache)
+    if encoder_decoder:
         first = ids.new_full((len(prompts), 1), _start_id(model))
         out = model(input_ids=ids, attention_mask=mask, decoder_input_ids=first, past_key_values=cache, use_cache=True)
         return out.logits[:, -1], RunningRows(cache, torch.ones_like(first), mask)

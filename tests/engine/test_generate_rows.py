@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import BatchEncoding
 
 import compose
 from compose.engine.coefficients import AdapterIds, Coefficients
+from compose.engine.requests import Request, RunningBatch
 from compose.engine.rows import row_weights, rows_selection
 from compose.errors import IncompatibleError, UnknownNameError
 
@@ -209,3 +211,56 @@ def test_it_does_not_where_others_get_the_tensors(llama) -> None:
     assert not any(modes)
     cache.layers[0].keys.mul_(1)
     assert found == llama.generate([[5, 9, 11]], max_new_tokens=4, stop_ids=[])
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_new_tokens_are_written_into_the_cache_on_a_cpu(tiny_model, make_bank, name, by_rows) -> None:
+    """The states of the others stay where they are, and no hook stays behind."""
+    model, places = tiny_model(name), []
+    with compose.attach(model, make_bank(model)) as attached:
+
+        def watch(_, args, kwargs):
+            cache = kwargs["past_key_values"]
+            layers = getattr(cache, "self_attention_cache", cache).layers
+            places.append([layer.keys.data_ptr() for layer in layers if layer.is_initialized])
+
+        hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+        if by_rows:
+            batch = RunningBatch(attached, stop_ids=[])
+            for prompt, adapter in zip(PROMPTS, ADAPTERS, strict=True):
+                batch.add(Request(prompt, adapter, 8))
+            assert len(list(batch.run())) == len(PROMPTS)
+        else:
+            attached.generate(PROMPTS, ADAPTERS, max_new_tokens=8, stop_ids=[])
+        hook.remove()
+    assert not places[0]
+    assert len(places) == 8
+    assert all(each == places[1] for each in places[1:])
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}, {}])
+def test_what_a_call_wants_of_its_cache_is_left_to_it(llama, options) -> None:
+    """Other kinds of caches, none, and one of the caller's; the tokens are those of Transformers alone."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    own = {} if options else {"past_key_values": DynamicCache(config=llama.model.config)}
+    found = llama.generate([[5, 9, 11]], max_new_tokens=6, stop_ids=[], **options, **own)
+    ids, plain = torch.tensor([[5, 9, 11]]), {"do_sample": False, "num_beams": 1, "pad_token_id": 1, **options}
+    want = llama.model.generate(ids, max_new_tokens=6, eos_token_id=[], **plain)
+    assert found == want[:, 3:].tolist()
+    for cache in own.values():
+        assert all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def test_a_compiled_model_is_not_compiled_again_for_each_call(llama) -> None:
+    calls = []
+    llama.model._compiled_call_impl = lambda *args, **kwargs: (
+        calls.append(1) or llama.model._call_impl(*args, **kwargs)
+    )
+    registered = RemovableHandle.next_id
+    llama.generate([[5, 9, 11]], max_new_tokens=2, stop_ids=[])
+    assert len(calls) == 2
+    assert registered == RemovableHandle.next_id

@@ -50,9 +50,11 @@ def test_a_cache_that_was_filled_without_the_router_is_refused(routed_over, batc
 
 @pytest.mark.parametrize("name", ["xlora", "molora"])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_tokens_are_written_into_a_cache_that_was_handed_in(kind, name, routed_over, batch):
-    """Its layers have room; the cache stays the caller's and can be continued without gradients and with them."""
+def test_a_cache_with_room_can_be_handed_in(kind, name, routed_over, batch):
+    """It stays the caller's and can be continued without gradients and with them."""
     from transformers import DynamicCache, EncoderDecoderCache
+
+    from compose.kernels.growing_layer import make_room
 
     routed, inputs = routed_over(kind, preset(name)), batch(kind)
     known = {"input_ids": inputs["input_ids"]} if kind == "t5" else {}
@@ -61,6 +63,7 @@ def test_tokens_are_written_into_a_cache_that_was_handed_in(kind, name, routed_o
     cache = DynamicCache(config=config)
     if kind == "t5":
         cache = EncoderDecoderCache(cache, DynamicCache(config=config))
+    make_room(cache)
     own = cache.self_attention_cache if kind == "t5" else cache
     with torch.no_grad():
         whole = routed(**known, **{given: ids}, use_cache=False).logits
@@ -76,15 +79,16 @@ def test_tokens_are_written_into_a_cache_that_was_handed_in(kind, name, routed_o
 
 
 @torch.no_grad()
-def test_generation_copies_no_cache(routed_over):
-    routed, seen = routed_over("llama", preset("molora")), []
+def test_generation_copies_neither_cache(routed_over):
+    routed, seen = routed_over("llama", preset("xlora")), []
 
     def watch(_, args, kwargs):
-        layer = kwargs["past_key_values"].layers[0]
-        seen.append(layer.keys.data_ptr() if layer.is_initialized else None)
+        layers = kwargs["past_key_values"].layers
+        seen.append([layer.keys.data_ptr() for layer in layers if layer.is_initialized])
 
-    hook = routed.model.model.register_forward_pre_hook(watch, with_kwargs=True)
+    hook = routed.model.register_forward_pre_hook(watch, with_kwargs=True)
     routed.generate([[5, 6, 7]], max_new_tokens=8, stop_ids=[])
     hook.remove()
-    assert seen[0] is None
-    assert len(set(seen[1:])) == 1
+    assert not seen[0]
+    assert len(seen[1]) == 2 * routed.config.num_hidden_layers
+    assert all(places == seen[1] for places in seen[1:])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from compose.routers.growing_layer import GrowingLayer
+from compose.kernels.growing_layer import GrowingLayer
 
 STEPS = {
     "crop": lambda layer: layer.crop(-2),

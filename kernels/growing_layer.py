@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 
@@ -49,6 +50,21 @@ class GrowingLayer(DynamicLayer):
         """Move what is kept to the CPU, and give up the room."""
         super().offload()
         self._rooms = None
+
+
+def make_room(cache: Any) -> None:
+    """Have a cache keep new tokens in layers with room: those of a dynamic cache that hold nothing yet are replaced.
+
+    Other layers, caches of other kinds, the encoder's states, and ``None`` stay as they are.
+    """
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if not isinstance(own, DynamicCache) or own.offloading:
+        return
+    own.layers[:] = [
+        GrowingLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer for layer in own.layers
+    ]
+    if own.layer_class_to_replicate is DynamicLayer:
+        own.layer_class_to_replicate = GrowingLayer
 
 
 class _Room:
