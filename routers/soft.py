@@ -149,19 +149,8 @@ def _gates_of_few(scores: torch.Tensor, k: int, *, to_one: bool) -> torch.Tensor
 
 
 def _others(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """``(N, E)`` bool: all but the best ``k``; looks at the scores, as `_best` does."""
-    if k < scores.shape[-1]:
-        values = scores.topk(k + 1, dim=-1).values
-        worst = values.narrow(-1, k - 1, 1)
-        if scores.numel() < _MANY:  # a few numbers are compared sooner in Python
-            clear = all(row[k - 1] > row[k] for row in values.tolist())
-        else:
-            clear = bool((worst > values.narrow(-1, k, 1)).all())
-        if clear:  # else topk leaves open which of equal ones it takes
-            return scores < worst
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order.narrow(-1, 0, k), True)
-    return chosen.logical_not_()
+    """``(N, E)`` bool: all but the best ``k``."""
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, _best(scores, k), False)
 
 
 def _best(scores: torch.Tensor, k: int) -> torch.Tensor:
