@@ -30,7 +30,8 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None  # noqa: S101 - initialised
         assert self.values is not None  # noqa: S101 - initialised
-        if torch.is_grad_enabled() or _unlike(self.keys, key_states) or _unlike(self.values, value_states):
+        traced = torch.compiler.is_compiling()  # for the compiler memory is no place, and it joins states by itself
+        if traced or torch.is_grad_enabled() or _unlike(self.keys, key_states) or _unlike(self.values, value_states):
             self._rooms = None
             return super().update(key_states, value_states, *args, **kwargs)
         rooms = self._rooms or (None, None)
@@ -41,15 +42,34 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self._rooms[0].append(key_states), self._rooms[1].append(value_states)
         return self.keys, self.values
 
+    def give_up_room(self) -> None:
+        """Let go of room that `keys` and `values` are no longer part of: after they were replaced."""
+        self._rooms = None
+
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self._rooms = None
+        self.give_up_room()
 
     def offload(self) -> None:
-        """Move what is kept to the CPU, and give up the room."""
+        """Move what is kept to the CPU."""
         super().offload()
-        self._rooms = None
+        self.give_up_room()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take other rows, one for each."""
+        super().reorder_cache(beam_idx)
+        self.give_up_room()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Hold every row several times."""
+        super().batch_repeat_interleave(repeats)
+        self.give_up_room()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self.give_up_room()
 
 
 def make_room(cache: Any) -> None:

@@ -138,6 +138,7 @@ def serve(requests: IO[str], answers: IO[str]) -> dict[str, Any] | None:
 
 def become(program: dict[str, Any]) -> None:
     """Run the program in this process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored by what runs in the background
     for number, name in enumerate(STREAMS):
         file = os.open(Path(program["streams"]) / name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)

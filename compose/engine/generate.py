@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -66,15 +67,17 @@ def generate_tokens(
     encoder_decoder = model.config.is_encoder_decoder
     fill = pad_id(model, stop_ids)
     ids, mask = padded(prompts, fill, left=not encoder_decoder, device=model.device)
-    after_end = fill if stop_ids else fill or 1  # beams take 0 for none and ask for a stop token; unused without these
     alone = inference_mode and not any(options.get(name) is not None for name in _SEEN)
+    settings = {"do_sample": False, "num_beams": 1, "pad_token_id": fill, **options}
+    if not stop_ids:  # then no row ends before the others; beams take 0 for none and look for a stop token
+        settings["pad_token_id"] = settings["pad_token_id"] or 1
     with torch.inference_mode() if alone else torch.no_grad(), _room_in_caches(model, options):
         generated = model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             eos_token_id=list(stop_ids),
-            **{"do_sample": False, "num_beams": 1, "pad_token_id": after_end, **options},
+            **settings,
         )
     start = 1 if encoder_decoder else ids.shape[1]
     return [_until_stop(row, set(stop_ids)) for row in generated[:, start:].tolist()]
@@ -82,7 +85,7 @@ def generate_tokens(
 
 @contextmanager
 def _room_in_caches(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """Have the cache of a call take new tokens without copying the others: on a CPU, where nobody else holds it.
+    """Have the cache of a call take new tokens without copying the others: on a CPU, where none is given.
 
     With beams all states are copied for every token anyway. A compiled call would be compiled again for the hook.
     """
@@ -92,8 +95,10 @@ def _room_in_caches(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
         return
     from compose.kernels.growing_layer import make_room
 
+    thread = get_ident()
+
     def before(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
-        if kwargs:  # None where another thread took the hook off between finding and calling it
+        if kwargs and get_ident() == thread:  # without them where it was taken off between being found and called
             make_room(kwargs.get("past_key_values"))
 
     hook = model.register_forward_pre_hook(before, with_kwargs=True)

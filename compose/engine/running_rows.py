@@ -59,6 +59,7 @@ class RunningRows:
         for mine, theirs in zip(_own_layers(self.cache), _own_layers(other.cache), strict=True):
             mine.keys = torch.cat([_left(mine.keys, width), _left(theirs.keys, width)])
             mine.values = torch.cat([_left(mine.values, width), _left(theirs.values, width)])
+            _give_up_room(mine)
         self.mask_BT = torch.cat([_left(self.mask_BT[..., None], width), _left(other.mask_BT[..., None], width)])[
             ..., 0
         ]
@@ -79,6 +80,7 @@ class RunningRows:
         self.mask_BT = mask[:, used]
         for layer in _own_layers(self.cache):
             layer.keys, layer.values = layer.keys[index][:, :, used], layer.values[index][:, :, used]
+            _give_up_room(layer)
         if self.source_mask_BS is None:
             return
         source = self.source_mask_BS[index]
@@ -142,11 +144,10 @@ def start_rows(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tens
     encoder_decoder = model.config.is_encoder_decoder
     ids, mask = padded(prompts, pad_id(model, ()), left=not encoder_decoder, device=model.device)
     cache: Any = DynamicCache()
-    if encoder_decoder:
-        cache = EncoderDecoderCache(cache, DynamicCache())
     if ids.device.type == "cpu":
         make_room(cache)
     if encoder_decoder:
+        cache = EncoderDecoderCache(cache, DynamicCache())
         first = ids.new_full((len(prompts), 1), _start_id(model))
         out = model(input_ids=ids, attention_mask=mask, decoder_input_ids=first, past_key_values=cache, use_cache=True)
         return out.logits[:, -1], RunningRows(cache, torch.ones_like(first), mask)
@@ -209,6 +210,12 @@ def _own_layers(cache: Any) -> list[Any]:
 
 def _source_layers(cache: Any) -> list[Any]:
     return cache.cross_attention_cache.layers
+
+
+def _give_up_room(layer: Any) -> None:
+    """Free what replaced states leave behind (`GrowingLayer`)."""
+    if hasattr(layer, "give_up_room"):
+        layer.give_up_room()
 
 
 def _left(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """``attached.generate``: one batch whose rows have an adapter, a weighted set, or none; inputs of any form."""
 
+from threading import Event, Thread
+
 import pytest
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -242,17 +244,96 @@ def test_new_tokens_are_written_into_the_cache_on_a_cpu(tiny_model, make_bank, n
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}, {}])
 def test_what_a_call_wants_of_its_cache_is_left_to_it(llama, options) -> None:
-    """Other kinds of caches, none, and one of the caller's; the tokens are those of Transformers alone."""
+    """Other kinds of caches, none, beams, and one of the caller's; the tokens are those of Transformers alone."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
 
+    from compose.kernels.growing_layer import GrowingLayer
+
+    caches = []
     own = {} if options else {"past_key_values": DynamicCache(config=llama.model.config)}
+    hook = llama.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+    )
     found = llama.generate([[5, 9, 11]], max_new_tokens=6, stop_ids=[], **options, **own)
+    hook.remove()
     ids, plain = torch.tensor([[5, 9, 11]]), {"do_sample": False, "num_beams": 1, "pad_token_id": 1, **options}
     want = llama.model.generate(ids, max_new_tokens=6, eos_token_id=[], **plain)
     assert found == want[:, 3:].tolist()
-    for cache in own.values():
-        assert all(type(layer) is DynamicLayer for layer in cache.layers)
+    assert caches
+    for cache in caches:
+        assert (cache is None) == (options == {"use_cache": False})
+        assert not any(isinstance(layer, GrowingLayer) for layer in getattr(cache, "layers", ()))
+
+
+def test_beams_need_no_stop_token_where_padding_is_0(llama) -> None:
+    assert llama.generate([[5, 9]], max_new_tokens=4, stop_ids=[], num_beams=2, pad_token_id=0) == llama.generate(
+        [[5, 9]], max_new_tokens=4, stop_ids=[], num_beams=2, pad_token_id=3
+    )
+
+
+def test_no_hook_stays_behind_where_a_layer_fails(llama) -> None:
+    def fail(*_) -> None:
+        raise KeyboardInterrupt
+
+    hook = llama.model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        llama.generate([[5, 9]], max_new_tokens=4, stop_ids=[])
+    hook.remove()
+    assert not llama.model._forward_pre_hooks
+
+
+def test_the_cache_of_another_thread_is_left_to_it(llama) -> None:
+    """While one thread generates, another one's call of the same model keeps the layers it came with."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    inside, done = Event(), Event()
+
+    def pause(*_) -> None:
+        inside.set()
+        done.wait(20)
+
+    hook = llama.model.lm_head.register_forward_pre_hook(pause)
+    thread = Thread(target=lambda: llama.generate([[5, 9]], max_new_tokens=1, stop_ids=[]))
+    thread.start()
+    assert inside.wait(20)
+    hook.remove()
+    cache = DynamicCache(config=llama.model.config)
+    llama.model(input_ids=torch.tensor([[5, 9]]), past_key_values=cache)
+    done.set()
+    thread.join()
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer] * len(cache.layers)
+
+
+@pytest.mark.parametrize(("part", "by_rows"), [("model.layers.1", False), ("model.layers.1", True), ("", True)])
+def test_what_is_compiled_is_traced_whole_and_as_often_as_without_room(llama, monkeypatch, part, by_rows) -> None:
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def run() -> int:
+        torch.compiler.reset()
+        before = len(graphs)
+        if by_rows:
+            batch = RunningBatch(llama, stop_ids=[])
+            batch.add(Request([5, 9, 11], None, 6))
+            tokens.append(next(batch.run()).tokens)
+        else:
+            with llama.using({"expert-0": 0.7, "expert-2": 0.4}):
+                tokens.append(llama.generate([[5, 9, 11]], max_new_tokens=6, stop_ids=[])[0])
+        return len(graphs) - before
+
+    tokens: list[list[int]] = []
+    plain = run()
+    assert plain == 0
+    llama.model.get_submodule(part).compile(backend=count, fullgraph=True)
+    with_room = run()
+    monkeypatch.setattr("compose.kernels.growing_layer.make_room", lambda cache: None)
+    assert with_room == run() > 0
+    assert tokens[0] == tokens[1] == tokens[2]
+    torch.compiler.reset()
 
 
 def test_a_compiled_model_is_not_compiled_again_for_each_call(llama) -> None:

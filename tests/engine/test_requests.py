@@ -1,5 +1,6 @@
 """A running batch: rows join and leave at any time, and every row gets exactly what it gets alone."""
 
+import weakref
 from unittest.mock import Mock
 
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
 import compose
 from compose.bank import Bank
 from compose.engine.requests import Request, RunningBatch
-from compose.engine.running_rows import RunningRows
+from compose.engine.running_rows import RunningRows, start_rows
 from compose.errors import IncompatibleError, UnknownNameError
 
 KINDS = ["expert-0", None, {"expert-1": 0.7, "expert-3": -0.4}, "expert-2", {"expert-0": 0.5, "expert-2": 1.5}]
@@ -325,3 +326,21 @@ def test_a_batch_needs_a_row_and_an_attached_bank(tiny_model, make_bank) -> None
     with pytest.raises(IncompatibleError, match="detached"):
         batch.step()
     assert isinstance(attached.bank, Bank)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_memory_of_rows_that_left_or_were_joined_is_free(named_model, name) -> None:
+    model = named_model(name)
+    (_, rows), (_, others) = (start_rows(model, prompts) for prompts in ([[5, 9, 11], [4, 8]], [[7, 6]]))
+
+    def memory() -> list[weakref.ref]:
+        layers = getattr(rows.cache, "self_attention_cache", rows.cache).layers
+        return [weakref.ref(each.untyped_storage()) for layer in layers for each in (layer.keys, layer.values)]
+
+    before = memory()
+    rows.keep([0])
+    assert not any(each() for each in before)
+    before = memory()
+    rows.join(others)
+    assert not any(each() for each in before)

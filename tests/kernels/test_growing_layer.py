@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import DynamicCache, EncoderDecoderCache, Gemma2Config, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from compose.kernels.growing_layer import GrowingLayer
+from compose.kernels.growing_layer import GrowingLayer, make_room
 
 STEPS = {
     "crop": lambda layer: layer.crop(-2),
@@ -115,3 +118,54 @@ def test_memory_that_was_put_in_place_of_its_own_counts():
     layer.keys.data = torch.zeros_like(layer.keys)
     keys, _ = layer.update(*states(2, 1, 2))
     assert not keys[:, :, :6].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", [name for name in STEPS if name not in ("crop", "nothing", "offload")])
+def test_memory_that_was_replaced_is_not_kept(step):
+    layer = GrowingLayer()
+    layer.update(*states(2, 5, 0))
+    whole = weakref.ref(layer.keys.untyped_storage())
+    STEPS[step](layer)
+    gc.collect()
+    assert whole() is None
+
+
+def _kinds(cache):
+    return [type(layer) for layer in cache.layers]
+
+
+@torch.no_grad()
+def test_room_is_made_in_empty_layers_alone():
+    make_room(None)
+    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=3))
+    held = cache.update(*states(2, 5, 0), 1)[0].clone()
+    make_room(cache)
+    assert _kinds(cache) == [GrowingLayer, DynamicLayer, GrowingLayer]
+    torch.testing.assert_close(cache.layers[1].keys, held, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_layers_that_come_later_have_room_too():
+    cache = DynamicCache()
+    make_room(cache)
+    for layer in range(2):
+        cache.update(*states(2, 5, layer), layer)
+    assert _kinds(cache) == [GrowingLayer] * 2
+
+
+def test_other_layers_and_other_caches_stay_as_they_are():
+    sliding = DynamicCache(config=Gemma2Config(num_hidden_layers=4))
+    before = _kinds(sliding)
+    make_room(sliding)
+    assert _kinds(sliding) == [GrowingLayer if kind is DynamicLayer else kind for kind in before]
+    assert len(set(before)) == 2
+    offloaded, static = DynamicCache(config=LlamaConfig()), StaticCache(LlamaConfig(), max_cache_len=8)
+    offloaded.offloading = True
+    pair = EncoderDecoderCache(DynamicCache(config=LlamaConfig()), DynamicCache(config=LlamaConfig()))
+    before = _kinds(static)
+    for cache in (offloaded, static, pair):
+        make_room(cache)
+    assert set(_kinds(offloaded)) == set(_kinds(pair.cross_attention_cache)) == {DynamicLayer}
+    assert _kinds(static) == before
+    assert set(_kinds(pair.self_attention_cache)) == {GrowingLayer}
