@@ -52,7 +52,8 @@ def generate_tokens(
         stop_ids: Token ids that end a row; never part of the result.
         inference_mode: Whether the model runs in torch's inference mode, a twentieth faster on a CPU. False where
             hooks keep tensors that are written to or differentiated later. It does not, either, where an option hands
-            its tensors to others: a cache, processors of logits, a generation config.
+            its tensors to others (a cache, processors of logits, a generation config), nor where the model's own
+            settings name a kind of cache, which some releases of Transformers keep for later calls.
         options: Further options of ``model.generate``: ``do_sample``, ``temperature``, ``num_beams`` ...
 
     Returns:
@@ -67,7 +68,7 @@ def generate_tokens(
     encoder_decoder = model.config.is_encoder_decoder
     fill = pad_id(model, stop_ids)
     ids, mask = padded(prompts, fill, left=not encoder_decoder, device=model.device)
-    alone = inference_mode and not any(options.get(name) is not None for name in _SEEN)
+    alone = inference_mode and not _seen_by_others(model, options)
     settings = {"do_sample": False, "num_beams": 1, "pad_token_id": fill, **options}
     if not stop_ids:  # then no row ends before the others; beams take 0 for none and look for a stop token
         settings["pad_token_id"] = settings["pad_token_id"] or 1
@@ -81,6 +82,12 @@ def generate_tokens(
         )
     start = 1 if encoder_decoder else ids.shape[1]
     return [_until_stop(row, set(stop_ids)) for row in generated[:, start:].tolist()]
+
+
+def _seen_by_others(model: Any, options: Mapping[str, Any]) -> bool:
+    """Whether an option hands tensors out, or a model keeps a cache of its kind for later calls, not all ours."""
+    keeps = model.generation_config.cache_implementation is not None
+    return keeps or any(options.get(name) is not None for name in _SEEN)
 
 
 @contextmanager

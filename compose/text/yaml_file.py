@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,8 @@ def parse_yaml(data: bytes, where: str) -> Any:
     if len(data) > MOST_BYTES:
         raise ComposeError(f"{where}: {len(data)} bytes; at most {MOST_BYTES} are allowed")
     if data.lstrip()[:1] == b"{":
-        try:
+        with suppress(AdapterFormatError):  # else it is a mapping in YAML's own braces
             return _bounded(parse_object(data, where), where)
-        except AdapterFormatError:
-            pass  # a mapping in YAML's own braces
     if len(data) > MOST_YAML_BYTES:
         raise ComposeError(
             f"{where}: {len(data)} bytes of YAML; at most {MOST_YAML_BYTES} are allowed; write it as JSON"

@@ -215,6 +215,25 @@ def test_it_does_not_where_others_get_the_tensors(llama) -> None:
     assert found == llama.generate([[5, 9, 11]], max_new_tokens=4, stop_ids=[])
 
 
+@pytest.mark.parametrize("where", ["option", "settings"])
+def test_a_cache_that_the_model_may_keep_is_made_outside_of_inference_mode(llama, where) -> None:
+    """It is written to again by later calls, which need not be ours."""
+    option, modes = {"cache_implementation": "static"}, []
+    hook = llama.model.model.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    if where == "settings":
+        llama.model.generation_config.cache_implementation = "static"
+    found = llama.generate([[5, 9, 11]], max_new_tokens=4, stop_ids=[], **(option if where == "option" else {}))
+    assert modes
+    assert not any(modes)
+    hook.remove()
+    ids = torch.tensor([[5, 9, 11]])
+    theirs = llama.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, eos_token_id=[], pad_token_id=0,
+        do_sample=False, **option,
+    )  # fmt: skip
+    assert theirs[0, 3:].tolist() == found[0]
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_new_tokens_are_written_into_the_cache_on_a_cpu(tiny_model, make_bank, name, by_rows) -> None:
