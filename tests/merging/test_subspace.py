@@ -236,8 +236,7 @@ def test_one_adapter_comes_back_where_promised_and_inputs_stay(name) -> None:
     found = make_method(name, contract.neutral or {}).merge(one, Context(statistics={"input_gram": grams}))
     assert torch.equal(one.a[0], before[0])
     assert torch.equal(one.b[0], before[1])
-    same = torch.allclose(found.dense(), dense()[1], atol=1e-9, rtol=1e-9)
-    assert same == contract.one_is_identity
+    assert torch.allclose(found.dense(), dense()[1], atol=1e-9, rtol=1e-9) == contract.one_is_identity
 
 
 @pytest.mark.parametrize("name", SUBSPACE)
